@@ -1,0 +1,300 @@
+"""Bytes at rest: ranges of shards to read, and the objects of a store, on POSIX file systems and object stores.
+
+In:   a path, or an s3:// or gs:// url.
+Out:  file-like ranges; a Storage whose `put_if_absent` is the one atomic commit of the whole project.
+Cost: a local commit is write, fsync, link, fsync of the directory; a remote one is a single conditional put. A remote
+      range costs one HEAD, and a request per megabyte read in order (per read, when that is larger).
+Errors: UsageError for a url of another kind; ShardError when an input cannot be opened, OSError when reading it breaks
+      off; StoreError when an output cannot be read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import io
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Protocol
+
+from pipeline.errors import ShardError, StoreError, UsageError
+from pipeline.object_store import REMOTE_SCHEMES, ObjectStorage, client_of
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_LOCAL_READ_AHEAD_BYTES = 1 << 16
+_REMOTE_READ_AHEAD_BYTES = 1 << 20
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
+
+
+def is_remote(url: str) -> bool:
+    """Whether the url names an object store.
+
+    Raises:
+        UsageError: it is neither a path nor a url of REMOTE_SCHEMES; `pipe:`, which would run a shell, above all.
+    """
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme in REMOTE_SCHEMES:
+        return True
+    if separator or url.startswith("pipe:") or url in ("", "-"):
+        accepted = " or ".join(f"{scheme}://" for scheme in REMOTE_SCHEMES)
+        raise UsageError(f"{url!r} is no place that latentmill reads or writes: give a local path, {accepted}")
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectStat:
+    """Size and version of an input; the version changes when the bytes do (mtime in ns, or an etag)."""
+
+    size_bytes: int
+    version: str
+
+
+def stat_object(url: str) -> ObjectStat:
+    """Size and version of a shard.
+
+    Raises:
+        ShardError: it is not there or is not a file.
+    """
+    try:
+        if is_remote(url):
+            client, name = client_of(url)
+            return ObjectStat(*client.head(name))
+        status = Path(url).stat()
+    except OSError as error:
+        raise ShardError(f"cannot read shard {url}: {error.strerror or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ShardError(f"shard {url} is not a file")
+    return ObjectStat(status.st_size, str(status.st_mtime_ns))
+
+
+def open_range(url: str, offset: int = 0, size_bytes: int | None = None) -> IO[bytes]:
+    """A seekable, buffered, read-only view of bytes [offset, offset + size_bytes) of a file or object.
+
+    It ends where the file ends; without `size_bytes` it reaches to there.
+
+    Raises:
+        ShardError: it cannot be opened.
+    """
+    if is_remote(url):
+        client, name = client_of(url)
+        size = _clip(offset, size_bytes, stat_object(url).size_bytes)
+        raw = _ByteRange(lambda start, count: client.get_range(name, start, count), offset, size)
+        return io.BufferedReader(raw, _REMOTE_READ_AHEAD_BYTES)
+    try:
+        handle = Path(url).open("rb", buffering=0)  # noqa: SIM115 (the range closes it)
+    except OSError as error:
+        raise ShardError(f"cannot read shard {url}: {error.strerror}") from error
+    size = _clip(offset, size_bytes, os.fstat(handle.fileno()).st_size)
+    raw = _ByteRange(lambda start, count: os.pread(handle.fileno(), count, start), offset, size, handle.close)
+    return io.BufferedReader(raw, _LOCAL_READ_AHEAD_BYTES)
+
+
+def _clip(offset: int, size_bytes: int | None, total_bytes: int) -> int:
+    there = max(0, total_bytes - offset)
+    return there if size_bytes is None else min(size_bytes, there)
+
+
+class _ByteRange(io.RawIOBase):
+    """Bytes [offset, offset + size_bytes) of whatever `fetch(offset, size_bytes)` reads from."""
+
+    def __init__(
+        self,
+        fetch: Callable[[int, int], bytes],
+        offset: int,
+        size_bytes: int,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__()
+        self._fetch, self._offset, self._size, self._on_close = fetch, offset, size_bytes, on_close
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        data = self._next(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        # RawIOBase would ask for 8 kB at a time: a request each.
+        return b"".join(iter(lambda: self._next(self._size), b""))
+
+    def _next(self, size_bytes: int) -> bytes:
+        wanted = min(size_bytes, max(0, self._size - self._position))
+        data = self._fetch(self._offset + self._position, wanted) if wanted else b""
+        self._position += len(data)
+        return data
+
+    def close(self) -> None:
+        self._on_close()
+        super().close()
+
+
+class Storage(Protocol):
+    """The objects below one prefix. Names are relative, with `/` between parts; every object is written whole.
+
+    Every method raises StoreError when the place cannot be read or written.
+    """
+
+    @property
+    def url(self) -> str:
+        """The prefix, without a slash at its end; a local one is absolute."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The whole object; FileNotFoundError when it is not there."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether the object is there."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace atomically."""
+        ...
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Write atomically if nothing is there yet; False when something was."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """Names of all objects below the prefix `some/folder/`, sorted; of all with ""."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove the object if it is there."""
+        ...
+
+
+class LocalStorage:
+    """A Storage in a directory. Bytes in flight lie under `runs/tmp`, so that a kill leaves nothing among the data."""
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(root).absolute()
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    def read(self, name: str) -> bytes:
+        with _store_errors("read", self._root / name):
+            return (self._root / name).read_bytes()
+
+    def exists(self, name: str) -> bool:
+        with _store_errors("read", self._root / name):
+            return (self._root / name).is_file()
+
+    def put(self, name: str, data: bytes) -> None:
+        with self._in_flight(name, data) as temporary:
+            temporary.replace(self._root / name)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        if self.exists(name):
+            return False
+        with self._in_flight(name, data) as temporary:
+            try:
+                os.link(temporary, self._root / name)
+            except FileExistsError:
+                # NFS may repeat a link whose answer was lost, and then finds its own; the count of links tells.
+                return temporary.stat().st_nlink == 2
+            except OSError as error:
+                if error.errno in _NO_HARD_LINKS:
+                    raise StoreError(
+                        f"cannot write {self._root / name}: {error.strerror}: commits need hard links, which this "
+                        "file system lacks: put --store on another one"
+                    ) from error
+                raise
+        return True
+
+    @contextlib.contextmanager
+    def _in_flight(self, name: str, data: bytes) -> Iterator[Path]:
+        """The data in a synced temporary file; afterwards the target's directory is synced."""
+        target = self._root / name
+        temporary = self._root / "runs" / "tmp" / uuid.uuid4().hex
+        with _store_errors("write", target):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            _make_directory(target.parent)
+            try:
+                with temporary.open("wb") as handle:
+                    handle.write(data)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_directory(target.parent)
+
+    def list(self, prefix: str) -> list[str]:
+        base = self._root / prefix
+        with _store_errors("list", base):
+            if not base.is_dir():
+                return []
+            paths = [Path(folder, name) for folder, _, files in os.walk(base, onerror=_raise) for name in files]
+        return sorted(path.relative_to(self._root).as_posix() for path in paths)
+
+    def delete(self, name: str) -> None:
+        with _store_errors("delete", self._root / name):
+            (self._root / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _store_errors(verb: str, path: Path) -> Iterator[None]:
+    """OSErrors become StoreErrors with a remedy; a file that is not there to be read stays FileNotFoundError."""
+    try:
+        yield
+    except OSError as error:
+        if verb == "read" and isinstance(error, FileNotFoundError):
+            raise
+        raise StoreError(f"cannot {verb} {path}: {error.strerror or error}: {_remedy(error)}") from error
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "give this user the right to, or name another --store"
+    return "look at the file system, then run the same command again"
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _make_directory(directory: Path) -> None:
+    """Like mkdir -p, with each new directory's name synced, so that a power cut cannot take a commit's folder away."""
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_storage(url: str) -> Storage:
+    """The Storage at a path or url."""
+    return ObjectStorage(url) if is_remote(url) else LocalStorage(url)

@@ -1,0 +1,384 @@
+"""Storage: one contract for directories and object stores; ranges that equal slices; failures that name a remedy."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import object_store
+from pipeline.errors import ShardError, StoreError, UsageError
+from pipeline.storage import LocalStorage, ObjectStorage, Storage, is_remote, open_range, open_storage, stat_object
+from tests.object_server import object_server
+
+Make = Callable[[], Storage]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with object_server() as address:
+        yield address
+
+
+@pytest.fixture(params=["local", "s3"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+    """Opens the same empty place again and again."""
+    if request.param == "local":
+        return lambda: open_storage(str(tmp_path / "store"))
+    request.getfixturevalue("server")
+    url = f"s3://latents/{tmp_path.name}/store"
+    return lambda: open_storage(url)
+
+
+class TestContract:
+    def test_what_was_put_is_read_by_another(self, make: Make) -> None:
+        make().put("a/b/c.bin", b"one")
+        assert make().read("a/b/c.bin") == b"one"
+        make().put("a/b/c.bin", b"two, longer")
+        assert make().read("a/b/c.bin") == b"two, longer"
+
+    def test_empty_objects_are_objects(self, make: Make) -> None:
+        make().put("empty", b"")
+        assert make().exists("empty")
+        assert make().read("empty") == b""
+
+    def test_what_is_not_there(self, make: Make) -> None:
+        storage = make()
+        assert not storage.exists("a/b")
+        assert storage.list("") == []
+        assert storage.list("a/") == []
+        storage.delete("a/b")
+        with pytest.raises(FileNotFoundError):
+            storage.read("a/b")
+
+    def test_a_folder_is_no_object(self, make: Make) -> None:
+        make().put("a/b", b"")
+        assert not make().exists("a")
+
+    def test_lists_below_a_folder_sorted_and_relative(self, make: Make) -> None:
+        storage = make()
+        for name in ("b/2", "b/1", "b/deep/er/3", "bb/4", "top"):
+            storage.put(name, b"x")
+        assert storage.list("b/") == ["b/1", "b/2", "b/deep/er/3"]
+        assert storage.list("") == ["b/1", "b/2", "b/deep/er/3", "bb/4", "top"]
+
+    def test_delete(self, make: Make) -> None:
+        storage = make()
+        storage.put("a/b", b"x")
+        storage.delete("a/b")
+        assert not storage.exists("a/b")
+        assert storage.list("") == []
+
+    def test_put_if_absent_keeps_the_first(self, make: Make) -> None:
+        assert make().put_if_absent("u/1", b"first") is True
+        assert make().put_if_absent("u/1", b"second") is False
+        assert make().read("u/1") == b"first"
+        make().delete("u/1")
+        assert make().put_if_absent("u/1", b"third") is True
+
+    def test_of_racing_threads_one_wins_and_its_bytes_are_whole(self, make: Make) -> None:
+        for attempt in range(5):
+            name = f"race/{attempt}"
+            with ThreadPoolExecutor(6) as go:
+                won = list(go.map(lambda n, name=name: make().put_if_absent(name, bytes([n]) * 200_000), range(6)))
+            assert sum(won) == 1
+            assert make().read(name) == bytes([won.index(True)]) * 200_000
+
+    def test_the_url_leads_back(self, make: Make) -> None:
+        make().put("x", b"1")
+        assert open_storage(make().url + "/").read("x") == b"1"
+        assert not make().url.endswith("/")
+
+
+def test_racing_is_settled_by_the_server_not_by_a_look_first(server: str) -> None:
+    """The conditional put itself is refused: `exists` is never asked."""
+    storage = ObjectStorage("s3://latents/conditional")
+    storage.put("x", b"first")
+    storage.exists = None  # type: ignore[assignment,method-assign]
+    assert storage.put_if_absent("x", b"second") is False
+
+
+def test_of_racing_processes_one_wins(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pipeline.storage import LocalStorage; s = LocalStorage(sys.argv[1]); sys.stdin.read(1)\n"
+        "print(sum(s.put_if_absent(f'race/{k}', sys.argv[2].encode() * 100_000) for k in range(30)))"
+    )
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), letter], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for letter in "ab"
+    ]
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write(b"g")
+        child.stdin.flush()
+    won = [int(child.communicate()[0]) for child in children]
+    assert sum(won) == 30
+    storage = LocalStorage(tmp_path)
+    contents = [storage.read(f"race/{number}") for number in range(30)]
+    assert [sum(content == letter * 100_000 for content in contents) for letter in (b"a", b"b")] == won
+    assert storage.list("runs/") == []
+
+
+class TestLocalCommit:
+    def test_a_kill_in_the_middle_leaves_nothing_among_the_data(self, tmp_path: Path) -> None:
+        program = (
+            "import os, sys; from pipeline.storage import LocalStorage\n"
+            "os.fsync = lambda fd: (print('in flight', flush=True), sys.stdin.read())\n"
+            "LocalStorage(sys.argv[1]).put(sys.argv[2], b'x' * 5_000_000)"
+        )
+        (tmp_path / "ledger").mkdir()
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), "ledger/unit"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"in flight\n"
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        storage = LocalStorage(tmp_path)
+        assert [name.split("/")[:2] for name in storage.list("")] == [["runs", "tmp"]]
+        assert storage.put_if_absent("ledger/unit", b"again") is True
+
+    def test_synced_before_it_is_named_and_the_names_after(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        events: list[str] = []
+        real_fsync, real_link = os.fsync, os.link
+
+        def fsync(handle: int) -> None:
+            path = Path(f"/proc/self/fd/{handle}").readlink()
+            events.append(f"sync {'data' if path.is_file() else path.relative_to(tmp_path)}")
+            real_fsync(handle)
+
+        def link(source: Path, target: Path) -> None:
+            assert Path(source).read_bytes() == b"data"
+            events.append("link")
+            real_link(source, target)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "link", link)
+        LocalStorage(tmp_path).put_if_absent("ledger/17x8x8/000000", b"data")
+        # New folders' names are synced, too: else a power cut takes the folder with the commit in it.
+        assert events == ["sync .", "sync ledger", "sync data", "link", "sync ledger/17x8x8"]
+
+    def test_a_link_whose_answer_was_lost_was_ours(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real_link = os.link
+
+        def repeated_link(source: Path, target: Path) -> None:
+            real_link(source, target)
+            raise FileExistsError(errno.EEXIST, "File exists")
+
+        monkeypatch.setattr(os, "link", repeated_link)
+        assert LocalStorage(tmp_path).put_if_absent("x", b"mine") is True
+
+    @pytest.mark.parametrize(
+        ("function", "number", "remedy"),
+        [
+            ("link", errno.EPERM, "hard links"),
+            ("link", errno.EOPNOTSUPP, "hard links"),
+            ("fsync", errno.ENOSPC, "free some space"),
+            ("fsync", errno.EDQUOT, "free some space"),
+            ("fsync", errno.EROFS, "name another --store"),
+            ("fsync", errno.EIO, "look at the file system"),
+        ],
+    )
+    def test_failures_name_file_and_remedy(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, number: int, remedy: str
+    ) -> None:
+        def fail(*arguments: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        storage = LocalStorage(tmp_path)
+        storage.put("ledger/other", b"")
+        monkeypatch.setattr(os, function, fail)
+        with pytest.raises(StoreError) as caught:
+            storage.put_if_absent("ledger/unit", b"data")
+        assert str(tmp_path / "ledger" / "unit") in str(caught.value)
+        assert remedy in str(caught.value)
+        monkeypatch.undo()
+        assert storage.list("") == ["ledger/other"]
+
+    def test_a_file_where_the_store_should_be(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(StoreError, match=r"cannot write .*file/x: "):
+            LocalStorage(tmp_path / "file").put("x", b"")
+
+    def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def scandir(path: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(StoreError, match="cannot list"):
+            LocalStorage(tmp_path).list("")
+
+
+class TestRanges:
+    CONTENT = bytes(range(256)) * 40
+    STEPS = st.lists(
+        st.one_of(
+            st.tuples(st.just("read"), st.integers(-1, 5000)),
+            st.tuples(st.just("readinto"), st.integers(0, 5000)),
+            st.tuples(st.just("seek"), st.integers(0, 12_000)),
+            st.tuples(st.just("seek_end"), st.integers(-3000, 500)),
+        ),
+        max_size=12,
+    )
+
+    @pytest.fixture(scope="class", params=["local", "s3"])
+    @classmethod
+    def url(cls, request: pytest.FixtureRequest) -> Iterator[str]:
+        if request.param == "s3":
+            request.getfixturevalue("server")
+            ObjectStorage("s3://videos").put("a/shard.tar", cls.CONTENT)
+            yield "s3://videos/a/shard.tar"
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "shard.tar")
+            path.write_bytes(cls.CONTENT)
+            yield str(path)
+
+    @settings(max_examples=40, deadline=None)
+    @given(offset=st.integers(0, 11_000), size=st.none() | st.integers(0, 12_000), steps=STEPS)
+    def test_a_range_reads_like_its_slice(
+        self, url: str, offset: int, size: int | None, steps: list[tuple[str, int]]
+    ) -> None:
+        end = None if size is None else offset + size
+        with open_range(url, offset, size) as file, io.BytesIO(self.CONTENT[offset:end]) as slice_:
+            assert _play(file, steps) == _play(slice_, steps)
+
+    def test_beyond_the_end_there_is_nothing(self, url: str) -> None:
+        with open_range(url, 1_000_000, 10) as file:
+            assert file.read() == b""
+            assert file.seek(0, io.SEEK_END) == 0
+
+    def test_the_size_and_version_of_a_shard(self, url: str) -> None:
+        before = stat_object(url)
+        assert before.size_bytes == len(self.CONTENT)
+        assert stat_object(url) == before
+        _overwrite(url, b"other")
+        after = stat_object(url)
+        assert after.size_bytes == 5
+        assert after.version != before.version
+        _overwrite(url, self.CONTENT)
+
+    def test_a_missing_shard(self, url: str) -> None:
+        for function in (open_range, stat_object):
+            with pytest.raises(ShardError, match=r"cannot read shard .*gone\.tar"):
+                function(url.replace("shard", "gone"))
+
+    def test_a_directory_is_no_shard(self, tmp_path: Path) -> None:
+        for function in (open_range, stat_object):
+            with pytest.raises(ShardError, match="shard"):
+                function(str(tmp_path))
+
+    def test_a_remote_range_asks_for_ranges(self, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        content = os.urandom(5 << 20)
+        ObjectStorage("s3://videos").put("big.tar", content)
+        asked: list[tuple[int, int]] = []
+        real = object_store.ObjectClient.get_range
+
+        def get_range(self: object_store.ObjectClient, name: str, offset: int, size_bytes: int) -> bytes:
+            asked.append((offset, size_bytes))
+            return real(self, name, offset, size_bytes)
+
+        monkeypatch.setattr(object_store.ObjectClient, "get_range", get_range)
+        megabyte = 1 << 20
+        with open_range("s3://videos/big.tar", megabyte, 3 * megabyte) as file:
+            for _ in range(100):
+                file.read(512)
+            assert asked == [(megabyte, megabyte)]
+        asked.clear()
+        with open_range("s3://videos/big.tar", megabyte, 3 * megabyte) as file:
+            assert file.read() == content[megabyte : 4 * megabyte]
+        assert asked == [(megabyte, 3 * megabyte)]
+
+    def test_an_object_that_goes_away_breaks_the_reading_off(self, server: str) -> None:
+        storage = ObjectStorage("s3://videos")
+        storage.put("soon-gone.tar", b"x" * 100)
+        with open_range("s3://videos/soon-gone.tar") as file:
+            storage.delete("soon-gone.tar")
+            with pytest.raises(FileNotFoundError, match=r"there is no s3://videos/soon-gone\.tar"):
+                file.read()
+
+
+def _play(file: Any, steps: list[tuple[str, int]]) -> list[Any]:
+    heard: list[Any] = []
+    for step, number in steps:
+        if step == "read":
+            heard.append(file.read(number))
+        elif step == "readinto":
+            buffer = bytearray(number)
+            heard.append((file.readinto(buffer), bytes(buffer)))
+        else:
+            heard.append(file.seek(number, io.SEEK_SET if step == "seek" else io.SEEK_END))
+        heard.append(file.tell())
+    return heard
+
+
+def _overwrite(url: str, content: bytes) -> None:
+    if is_remote(url):
+        ObjectStorage("s3://videos").put("a/shard.tar", content)
+    else:
+        Path(url).write_bytes(content)
+
+
+class TestPlaces:
+    @pytest.mark.parametrize(
+        "url", ["pipe:cat shard.tar", "-", "", "http://host/x.tar", "file:///x", "memory://x", "ftp://x", "://x"]
+    )
+    def test_other_places_are_refused_by_all(self, url: str) -> None:
+        for function in (is_remote, stat_object, open_range, open_storage):
+            with pytest.raises(UsageError, match=r"give a local path, s3:// or gs://"):
+                function(url)
+
+    def test_a_url_without_a_name(self) -> None:
+        with pytest.raises(UsageError, match="s3://NAME/KEY"):
+            open_storage("s3://")
+
+    def test_without_obstore_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "obstore.store", None)
+        object_store._connect.cache_clear()
+        with pytest.raises(UsageError, match=r"pip install 'latentmill\[s3\]'"):
+            open_storage("s3://latents/x")
+
+
+class TestRemoteFailures:
+    @pytest.fixture
+    def no_credentials(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+        object_store._connect.cache_clear()
+        yield
+        object_store._connect.cache_clear()
+
+    def test_missing_credentials_name_the_remedy_and_do_not_hang(self, no_credentials: None) -> None:
+        started = time.monotonic()
+        with pytest.raises(StoreError, match=r"cannot read s3://latents/a/x: .*AWS_ACCESS_KEY_ID"):
+            open_storage("s3://latents/a").exists("x")
+        with pytest.raises(ShardError, match=r"cannot read shard s3://videos/x\.tar: .*AWS_ACCESS_KEY_ID") as caught:
+            stat_object("s3://videos/x.tar")
+        assert "\n" not in str(caught.value)
+        assert time.monotonic() - started < 20
+
+    def test_a_bucket_that_is_not_there(self, server: str) -> None:
+        with pytest.raises(StoreError, match=r"cannot write s3://nowhere/x"):
+            open_storage("s3://nowhere").put_if_absent("x", b"")
+        with pytest.raises(StoreError, match=r"cannot list s3://nowhere/"):
+            open_storage("s3://nowhere").list("")
