@@ -1,0 +1,1 @@
+"""Frames out of videos and images, in processes that can be killed."""

@@ -1,0 +1,83 @@
+"""Decode requests and outcomes as JSON, for the pipe between a decode process and its owner.
+
+In:   records and LatentmillErrors.
+Out:  dictionaries of plain JSON values, and back; floats keep every bit, frames travel elsewhere.
+Cost: about 20 bytes per frame, for its pts.
+Errors: KeyError for a dictionary that the other side did not make.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from pipeline import errors
+from pipeline.decode.records import (
+    ClipShape,
+    DecodedClip,
+    DecodeOutcome,
+    DecodeRequest,
+    Grid,
+    MediaSource,
+    Window,
+)
+
+Json = dict[str, Any]
+
+
+def request_to_json(request: DecodeRequest) -> Json:
+    """All of a request."""
+    fields = dataclasses.asdict(request)
+    fields["grid"]["fps"] = None if request.grid.fps is None else str(request.grid.fps)
+    return fields
+
+
+def request_from_json(fields: Json) -> DecodeRequest:
+    """Undo `request_to_json`."""
+    fps = fields["grid"]["fps"]
+    return DecodeRequest(
+        source=MediaSource(**fields["source"]),
+        grid=Grid(None if fps is None else Fraction(fps), fields["grid"]["frame_step"]),
+        windows=tuple(Window(**window) for window in fields["windows"]),
+        shape=ClipShape(**fields["shape"]),
+        decoder=fields["decoder"],
+    )
+
+
+def outcome_to_json(outcome: DecodeOutcome) -> Json:
+    """A clip without its frames, or an error."""
+    if isinstance(outcome, errors.DecodeError):
+        return error_to_json(outcome)
+    return {"pts_seconds": outcome.pts_seconds.tolist(), "decoder": outcome.decoder}
+
+
+def outcomes_from_json(outcomes: Sequence[Json], frames: Sequence[np.ndarray]) -> tuple[DecodeOutcome, ...]:
+    """Undo `outcome_to_json`; `frames` has every window's, and those that succeeded are copied."""
+    return tuple(
+        _decode_error(fields)
+        if "error" in fields
+        else DecodedClip(pictures.copy(), np.array(fields["pts_seconds"], np.float64), fields["decoder"])
+        for fields, pictures in zip(outcomes, frames, strict=True)
+    )
+
+
+def error_to_json(error: errors.LatentmillError) -> Json:
+    """An error's type, and its reason and detail where it has them."""
+    if isinstance(error, errors.SampleError):
+        return {"error": type(error).__name__, "arguments": [error.reason, error.detail]}
+    return {"error": type(error).__name__, "arguments": [str(error)]}
+
+
+def error_from_json(fields: Json) -> errors.LatentmillError:
+    """Undo `error_to_json`."""
+    error_type: type[errors.LatentmillError] = getattr(errors, fields["error"])
+    return error_type(*fields["arguments"])
+
+
+def _decode_error(fields: Json) -> errors.DecodeError:
+    reason, detail = fields["arguments"]
+    return errors.DecodeError(reason, detail)

@@ -1,0 +1,35 @@
+"""A decode process that hangs, crashes or eats memory, when asked by the source's key: `<behaviour>@<position>`.
+
+The behaviour shows when a window of the request holds that grid position.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from pipeline.decode import child
+from pipeline.decode.backend import decode_windows
+
+
+def hang():
+    ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the GIL, as native decoders that hang do
+
+
+def crash():
+    ctypes.string_at(0)
+
+
+def eat_memory(limits):
+    bytearray(limits.memory_bytes)
+
+
+def decode_or_misbehave(request, limits, out):
+    behaviour, _, position = request.source.key.partition("@")
+    if any(window.start <= int(position) < window.start + window.num_frames for window in request.windows):
+        {"hang": hang, "crash": crash, "oom": lambda: eat_memory(limits)}[behaviour]()
+    return decode_windows(request, limits, out)
+
+
+if __name__ == "__main__":
+    child.decode_windows = decode_or_misbehave
+    child.main()

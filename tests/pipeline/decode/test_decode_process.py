@@ -1,0 +1,320 @@
+"""Decode processes: what they hand over, and what happens when they die, hang, or eat memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from pipeline.decode.arena import Arena
+from pipeline.decode.backend import decode_windows, probe_media
+from pipeline.decode.limits import DecodeLimits
+from pipeline.decode.pool import ProcessPool
+from pipeline.decode.process import DecodeProcess
+from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, MediaSource, Window
+from pipeline.decode.wire import request_to_json
+from pipeline.errors import DecodeError, ShardError, UnitError
+from tests.clips import numbered_image, numbered_video, read_number, stored
+
+LIMITS = DecodeLimits()
+IMPATIENT = DecodeLimits(timeout_seconds=0.8, seconds_per_frame=0.001)
+MISBEHAVING = "tests.pipeline.decode.misbehaving_child"
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def request_of(source, *windows, shape=ClipShape(64, 64), grid=Grid()):  # noqa: B008 (frozen)
+    return DecodeRequest(source, grid, tuple(Window(*window) for window in windows), shape)
+
+
+@pytest.fixture(scope="module")
+def video():
+    return numbered_video(40)
+
+
+@pytest.fixture
+def source(video, tmp_path):
+    return stored(tmp_path, video)
+
+
+@pytest.fixture(scope="module")
+def process():
+    with DecodeProcess(LIMITS) as process:
+        yield process
+
+
+def summary(outcomes):
+    """First and last number, or the reason, per window."""
+    return [
+        (read_number(outcome.frames[0]), read_number(outcome.frames[-1]))
+        if isinstance(outcome, DecodedClip)
+        else outcome.reason
+        for outcome in outcomes
+    ]
+
+
+def gone(pid, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("grid", [Grid(), Grid(Fraction(30000, 1001))])
+def test_the_handover_equals_decoding_in_process(grid, source, process):
+    request = request_of(source, (9, 20), (0, 5), (35, 50), (12, 8), grid=grid)
+    for here, there in zip(decode_windows(request, LIMITS), process.decode(request), strict=True):
+        if isinstance(here, DecodeError):
+            assert (type(there), str(there), there.reason) == (DecodeError, str(here), "past_end")
+            continue
+        assert np.array_equal(here.frames, there.frames)
+        assert np.array_equal(here.pts_seconds, there.pts_seconds)
+        assert here.decoder == there.decoder
+
+
+def test_outcomes_own_their_memory(source, process):
+    (first,) = process.decode(request_of(source, (0, 4)))
+    before = first.frames.copy()
+    process.decode(request_of(source, (20, 4)))
+    assert first.frames.flags.owndata
+    assert np.array_equal(first.frames, before)
+
+
+def test_requests_of_growing_and_shrinking_size(source, process):
+    for side in (32, 256, 64, 512, 32):
+        (clip,) = process.decode(request_of(source, (5, 3), shape=ClipShape(side, side)))
+        assert [read_number(frame) for frame in clip.frames] == [5, 6, 7]
+
+
+def test_probes_and_their_errors_cross_the_pipe(source, process, tmp_path):
+    assert process.probe(source) == probe_media(source, LIMITS)
+    image = stored(tmp_path, numbered_image(), kind="image")
+    assert process.probe(image) == probe_media(image, LIMITS)
+    broken = stored(tmp_path, b"no video", key="some/key")
+    with pytest.raises(DecodeError) as here:
+        probe_media(broken, LIMITS)
+    with pytest.raises(DecodeError) as there:
+        process.probe(broken)
+    assert (str(there.value), there.value.reason) == (str(here.value), "not_media")
+    assert "some/key" in str(there.value)
+    (outcome,) = process.decode(request_of(broken, (0, 1)))
+    assert str(outcome) == str(here.value)
+    with pytest.raises(ShardError):
+        process.decode(request_of(MediaSource(str(tmp_path / "gone"), 0, 1, "video"), (0, 1)))
+
+
+def test_the_time_allowed_grows_with_the_source_and_the_last_wanted_frame():
+    limits = DecodeLimits(timeout_seconds=10, seconds_per_frame=0.5, max_frames=1000)
+    source = MediaSource("shard.tar", 0, 20_000_000, "video")
+    assert limits.probe_seconds(source) == 12
+    windows = ((90, 10), (0, 5))
+    assert limits.decode_seconds(request_of(source, *windows)) == 12 + 50
+    assert limits.decode_seconds(request_of(source, *windows, grid=Grid(frame_step=4))) == 12 + 200
+    # 100 positions at 24 fps are at most 250 frames of a video of 60 fps.
+    assert limits.decode_seconds(request_of(source, *windows, grid=Grid(Fraction(24)))) == pytest.approx(12 + 125)
+    assert limits.decode_seconds(request_of(source, (10**9, 1))) == 12 + 500
+    with pytest.raises(ValueError, match="timeout_seconds"):
+        DecodeLimits(timeout_seconds=0)
+
+
+def test_no_windows_start_no_process(source):
+    with DecodeProcess(LIMITS) as process:
+        assert process.decode(request_of(source)) == ()
+        assert process.pid is None
+
+
+def test_one_child_serves_many_requests_and_is_replaced_in_time(source):
+    with DecodeProcess(dataclasses.replace(LIMITS, clips_per_process=4)) as process:
+        pids = []
+        for _ in range(4):
+            process.probe(source)
+            pids.append(process.pid)
+            process.decode(request_of(source, (0, 2), (5, 2)))
+        assert pids[0] == pids[1] != pids[2] == pids[3]
+        assert gone(pids[0], 0.1)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_child_killed_from_outside_costs_a_retry_only(blow, source):
+    with DecodeProcess(LIMITS) as process:
+        process.probe(source)
+        os.kill(process.pid, blow)
+        assert summary(process.decode(request_of(source, (0, 5), (10, 5)))) == [(0, 4), (10, 14)]
+        os.kill(process.pid, blow)
+        assert process.probe(source).num_frames == 40
+
+
+def test_a_stopped_child_is_killed_at_its_time_limit_and_replaced(source):
+    with DecodeProcess(IMPATIENT) as process:
+        process.probe(source)
+        pid = process.pid
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        assert summary(process.decode(request_of(source, (3, 4)))) == [(3, 6)]
+        assert 0.7 < time.monotonic() - began < 10
+        assert gone(pid, 0.1)
+
+
+@pytest.mark.parametrize(("behaviour", "reason"), [("crash", "crash"), ("oom", "out_of_memory")])
+def test_only_the_window_that_kills_is_blamed(behaviour, reason, video, tmp_path):
+    source = stored(tmp_path, video, key=f"{behaviour}@20")
+    with DecodeProcess(LIMITS, MISBEHAVING) as process:
+        request = request_of(source, (25, 5), (0, 5), (18, 4), (9, 11))
+        outcomes = process.decode(request)
+        assert summary(outcomes) == [(25, 29), (0, 4), reason, (9, 19)]
+        assert str(outcomes[2]) == str(process.decode(request)[2])
+        (alone,) = process.decode(request_of(source, (18, 4)))
+        assert str(alone) == str(outcomes[2])
+        assert f"{behaviour}@20: " in str(alone)
+        assert "2 times" in str(alone)
+
+
+def test_a_hang_that_holds_the_gil_fails_its_window_and_those_behind_it(video, tmp_path):
+    source = stored(tmp_path, video, key="hang@20")
+    with DecodeProcess(IMPATIENT, MISBEHAVING) as process:
+        began = time.monotonic()
+        outcomes = process.decode(request_of(source, (30, 2), (18, 4), (0, 5), (25, 5)))
+        assert summary(outcomes) == ["timeout", "timeout", (0, 4), "timeout"]
+        # Once together, twice alone; the windows behind it decode the same frames and are not tried.
+        assert time.monotonic() - began < 3 * 0.9 + 4
+        assert str(outcomes[1]) == "timeout: hang@20: not done after 1 seconds, 2 times"
+
+
+def test_the_child_ends_itself_when_it_hangs_and_its_owner_is_gone(video, tmp_path):
+    """The second net: faulthandler's timer needs no GIL."""
+    arena = Arena.create()
+    request = request_of(stored(tmp_path, video, key="hang@0"), (0, 1))
+    arena.grow(request.decoded_bytes)
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", MISBEHAVING, str(arena.fd), json.dumps(dataclasses.asdict(LIMITS))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=(arena.fd,),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as child:
+        assert json.loads(child.stdout.readline()) == {"ready": True}
+        # The grace of 5 seconds, less 4.5.
+        child.stdin.write(json.dumps({"decode": request_to_json(request), "seconds": -4.5}).encode() + b"\n")
+        child.stdin.flush()
+        assert child.wait(timeout=10) == 1
+        assert b"Timeout" in child.stderr.read()
+    arena.close()
+
+
+def test_an_idle_child_ends_with_its_owner(source):
+    program = (
+        "import os, sys\n"
+        "from pipeline.decode.limits import DecodeLimits\n"
+        "from pipeline.decode.process import DecodeProcess\n"
+        "from pipeline.decode.records import MediaSource\n"
+        "process = DecodeProcess(DecodeLimits())\n"
+        f"process.probe(MediaSource({source.path!r}, {source.offset}, {source.size_bytes}, 'video'))\n"
+        "print(process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        stdout=subprocess.PIPE,
+        cwd="/",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert gone(int(done.stdout))
+
+
+def test_the_child_has_its_limits(source):
+    limits = dataclasses.replace(LIMITS, memory_bytes=3 << 30)
+    with DecodeProcess(limits) as process:
+        request = request_of(source, (0, 8))
+        process.decode(request)
+        text = Path(f"/proc/{process.pid}/limits").read_text()
+        rows = {line[:26].strip(): line[26:].split() for line in text.splitlines()}
+        assert int(rows["Max address space"][0]) == (3 << 30) + request.decoded_bytes
+        assert rows["Max core file size"][:2] == ["0", "0"]
+
+
+def test_a_child_that_cannot_start_is_not_the_medias_fault(source):
+    with (
+        DecodeProcess(LIMITS, "tests.pipeline.decode.no_such_module") as process,
+        pytest.raises(UnitError, match="cannot start"),
+    ):
+        process.decode(request_of(source, (0, 1)))
+
+
+def test_lost_children_leave_nothing_open(source):
+    def open_files():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    at_first = open_files()
+    with DecodeProcess(LIMITS) as process:
+        process.decode(request_of(source, (0, 2)))
+        before = open_files()
+        for _ in range(3):
+            os.kill(process.pid, signal.SIGKILL)
+            process.decode(request_of(source, (0, 2)))
+        assert open_files() == before
+        pid = process.pid
+    assert open_files() == at_first
+    assert gone(pid, 0.1)
+
+
+def test_a_closed_process_serves_no_more(source):
+    process = DecodeProcess(LIMITS)
+    process.close()
+    with pytest.raises(UnitError, match="closed"):
+        process.probe(source)
+
+
+def test_an_arena_cannot_be_pulled_away():
+    arena = Arena.create()
+    arena.grow(4096)
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.fd, 0)
+    arena.close()
+
+
+def test_a_pool_decodes_side_by_side_and_leaves_nothing(source, tmp_path):
+    broken = stored(tmp_path, b"no video")
+    with ProcessPool(2, LIMITS) as pool:
+        requests = [request_of(source, (start, 5)) for start in range(12)]
+        futures = [pool.submit(request) for request in requests]
+        assert [summary(future.result(60)) for future in futures] == [[(start, start + 4)] for start in range(12)]
+        assert pool.probe(source).result(60).num_frames == 40
+        assert isinstance(pool.probe(broken).exception(60), DecodeError)
+        assert summary(pool.submit(request_of(broken, (0, 1))).result(60)) == ["not_media"]
+        pids = pool.pids
+        assert len(set(pids)) == 2
+    assert all(gone(pid, 0.1) for pid in pids)
+    with pytest.raises(RuntimeError):
+        pool.submit(requests[0])
+
+
+def test_closing_a_pool_breaks_off_a_hang(video, tmp_path):
+    source = stored(tmp_path, video, key="hang@0")
+    pool = ProcessPool(1, LIMITS, MISBEHAVING)
+    running, waiting = (pool.submit(request_of(source, (0, 1))) for _ in range(2))
+    deadline = time.monotonic() + 20
+    while not pool.pids and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pids = pool.pids
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    closing.join(3)
+    assert not closing.is_alive()
+    assert isinstance(running.exception(0), UnitError)
+    assert waiting.cancelled()
+    assert all(gone(pid, 0.1) for pid in pids)
