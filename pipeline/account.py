@@ -1,0 +1,181 @@
+"""The books of a store: in = written + filtered + failed (+ left), by reason; and what closes a finished one.
+
+In:   the plan and the ledger.
+Out:  Account; on `close_books`, the dataset `samples/` and the per-channel statistics in the header.
+Cost: one pass over the ledger's fragments, one in memory at a time; closing takes two more.
+Errors: StoreError when the books do not balance or a fragment is damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import ledger, store
+from pipeline.errors import StoreError
+from pipeline.ledger import FAILED, FILTERED, WRITTEN
+from pipeline.plan import Plan, Unit
+from pipeline.storage import Storage
+
+_COLUMNS = ["key", "shard", "status", "reason", "detail"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What became of everything that the plan knows: clips, and samples that have none."""
+
+    clips: int
+    samples_without_clip: int
+    written: int
+    filtered: dict[str, int]
+    failed: dict[str, int]
+    units: int
+    units_done: int
+    clips_left: int
+    failures: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        total = self.written + sum(self.filtered.values()) + sum(self.failed.values()) + self.clips_left
+        if total != self.clips + self.samples_without_clip:
+            raise StoreError(
+                f"the books do not balance: {self.clips} clips + {self.samples_without_clip} samples without one "
+                f"against {total} written, filtered, failed or left"
+            )
+
+    @property
+    def is_complete(self) -> bool:
+        return self.units_done == self.units
+
+    def lines(self) -> list[str]:
+        """The books for people."""
+        filtered, failed = sum(self.filtered.values()), sum(self.failed.values())
+        left = f" + {self.clips_left} left" if self.clips_left else ""
+        books = f"{self.written} written + {filtered} filtered + {failed} failed{left}"
+        rows = [
+            f"in {self.clips + self.samples_without_clip} = {books}",
+            *(f"  filtered {reason}: {count}" for reason, count in self.filtered.items()),
+            *(f"  failed {reason}: {count}" for reason, count in self.failed.items()),
+            f"units: {self.units_done} of {self.units} done",
+        ]
+        for row in self.failures:
+            detail = f" ({row['detail']})" if row["detail"] else ""
+            rows.append(f"  {row['key'] or row['shard']}: {row['reason']}{detail}")
+        return rows
+
+
+def take_account(storage: Storage, plan: Plan, max_failures: int = 0) -> Account:
+    """Count the ledger against the plan; up to `max_failures` failed rows are kept whole.
+
+    Raises:
+        StoreError: a fragment is damaged or missing, or its rows are not those that the plan counts.
+    """
+    tally = _Tally(max_failures)
+    unplaced = 0
+    for shard, lines in groupby(plan.unplaced(), key=lambda line: line.shard):
+        num_samples = sum(line.rows for line in lines)
+        unplaced += num_samples
+        if num_samples:
+            tally.add(ledger.read_fragment(storage, ledger.unplaced_name(shard), _COLUMNS).table)
+    units_done = clips_done = 0
+    for _, table in ledger.done_fragments(storage, plan, _COLUMNS):
+        tally.add(table)
+        units_done += 1
+        clips_done += table.num_rows
+    return Account(
+        clips=plan.num_clips,
+        samples_without_clip=unplaced,
+        written=tally.counts.pop((WRITTEN, ""), 0),
+        filtered=tally.by_reason(FILTERED),
+        failed=tally.by_reason(FAILED),
+        units=sum(1 for _ in plan.units()),
+        units_done=units_done,
+        clips_left=plan.num_clips - clips_done,
+        failures=tuple(tally.failures),
+    )
+
+
+@dataclasses.dataclass
+class _Tally:
+    """Ledger rows by (status, reason), and the first failed ones."""
+
+    max_failures: int
+    counts: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def add(self, table: pa.Table) -> None:
+        rows = table.to_pylist()
+        self.counts.update((row["status"], row["reason"]) for row in rows)
+        room = self.max_failures - len(self.failures)
+        self.failures += [row for row in rows if row["status"] == FAILED][:room]
+
+    def by_reason(self, wanted: str) -> dict[str, int]:
+        return {reason: count for (status, reason), count in sorted(self.counts.items()) if status == wanted}
+
+
+def units_left(storage: Storage, plan: Plan) -> Iterator[Unit]:
+    """The units that are not committed, in plan order, by name; `take_account` has read what the fragments say."""
+    done = ledger.listed_units(storage, plan)
+    next_done = next(done, None)
+    for unit in plan.units():
+        if unit == next_done:
+            next_done = next(done, None)
+        else:
+            yield unit
+
+
+def close_books(storage: Storage, plan: Plan) -> bool:
+    """Write `samples/` and the statistics of a complete store; False when they were up to date.
+
+    Raises:
+        StoreError: a unit is not committed.
+    """
+    header = store.open_header(storage)
+    fingerprints = [generation.fingerprint for generation in plan.generations]
+    if header.statistics.get("plan") == fingerprints:
+        return False
+    left = next(units_left(storage, plan), None)
+    if left is not None:
+        raise StoreError(f"{storage.url} is not complete: {left.name} is not encoded yet. Run encode again.")
+    ledger.compact(storage, plan)
+    statistics = {**channel_statistics(storage, plan), "plan": fingerprints}
+    store.write_header(storage, dataclasses.replace(header, statistics=statistics))
+    return True
+
+
+def channel_statistics(storage: Storage, plan: Plan) -> dict[str, Any]:
+    """Per-channel mean and std over all written rows, and their extremes; rows weigh by their size.
+
+    Combines the rows' own means and variances (Chan, Golub, LeVeque 1979), in row order.
+    """
+    rows = total = 0
+    mean = squares = np.zeros(())
+    minimum, maximum = np.inf, -np.inf
+    columns = ["status", "minimum", "maximum", "channel_mean", "channel_variance"]
+    for unit, table in ledger.done_fragments(storage, plan, columns):
+        written = [row for row in table.to_pylist() if row["status"] == WRITTEN]
+        _, t, h, w = plan.recipe.row_shape(unit.bucket)
+        size = t * h * w
+        for row in written:
+            delta = np.asarray(row["channel_mean"]) - mean
+            share = size / (total + size)
+            squares = squares + np.asarray(row["channel_variance"]) * size + delta**2 * total * share
+            mean = mean + delta * share
+            total += size
+        rows += len(written)
+        minimum = min([minimum, *(row["minimum"] for row in written)])
+        maximum = max([maximum, *(row["maximum"] for row in written)])
+    if not rows:
+        return {"rows": 0}
+    return {
+        "rows": rows,
+        "channel_mean": mean.tolist(),
+        "channel_std": np.sqrt(squares / total).tolist(),
+        "minimum": minimum,
+        "maximum": maximum,
+    }

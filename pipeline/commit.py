@@ -1,0 +1,160 @@
+"""A unit's end: its Zarr shard, then its ledger fragment, each put if absent.
+
+In:   a unit's clips and, per clip, its stored row and decode facts, or the error that it failed with.
+Out:  the two objects in the store; CommitReport.
+Cost: checksum, statistics and Zarr encoding of one unit, and two puts.
+Errors: StoreError when the store cannot be written.
+
+Nobody but the unit writes these names. A second try that finds the Zarr shard there without a ledger fragment keeps it
+when it is whole and holds the same rows, and takes the checksums from it; otherwise it replaces it. Beside a ledger
+fragment nothing is ever changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline import ledger
+from pipeline.errors import SampleError, StoreError
+from pipeline.ledger import FAILED, WRITTEN, LedgerRow
+from pipeline.placement import Clip, caption
+from pipeline.plan import Plan, Unit
+from pipeline.recipe import Recipe
+from pipeline.storage import Storage
+from pipeline.store import checksum, decode_shard, encode_shard, shard_name, stored_nan, to_float32
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFacts:
+    """How a clip's frames were had."""
+
+    decoder: str
+    pts_seconds: tuple[float, ...]
+
+
+RowResult = RowFacts | SampleError
+
+
+@dataclasses.dataclass(frozen=True)
+class CommitReport:
+    """Counts of one committed unit, and the bytes put. `won` is False when another worker had committed it already."""
+
+    written: int
+    failed: dict[str, int]
+    bytes_written: int
+    won: bool
+
+
+def commit(
+    storage: Storage, plan: Plan, unit: Unit, clips: Sequence[Clip], results: Sequence[RowResult], rows: np.ndarray
+) -> CommitReport:
+    """Write a unit.
+
+    `rows` are its stored rows [S, C, t, h, w]; those that no clip of `results` holds are set to NaN, in place.
+    """
+    recipe = plan.recipe
+    first_row = unit.number * recipe.unit_rows(unit.bucket)
+    held = [clip.row - first_row for clip, result in zip(clips, results, strict=True) if isinstance(result, RowFacts)]
+    absent = np.ones(len(rows), bool)
+    absent[held] = False
+    rows[absent] = stored_nan(recipe.encode.dtype)
+    put = _put_shard(storage, recipe, unit, rows, absent)
+    lines = [
+        _line(recipe, clip, result, put.rows[clip.row - first_row]) for clip, result in zip(clips, results, strict=True)
+    ]
+    fragment = ledger.to_parquet(lines, plan.generation_of(unit).fingerprint)
+    won = storage.put_if_absent(ledger.unit_name(unit), fragment)
+    if not won and put.replaced is not None:
+        # Another worker committed between our look at its Zarr shard and our replacing it: its ledger tells of that.
+        storage.put(shard_name(unit), put.replaced)
+    failed = Counter(line.reason for line in lines if line.status == FAILED)
+    return CommitReport(len(held), dict(sorted(failed.items())), put.num_bytes + len(fragment) * won, won)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Put:
+    """What the Zarr shard then holds, the bytes put, and the whole Zarr shard of other rows that they replaced."""
+
+    rows: np.ndarray
+    num_bytes: int
+    replaced: bytes | None = None
+
+
+def _put_shard(storage: Storage, recipe: Recipe, unit: Unit, rows: np.ndarray, absent: np.ndarray) -> _Put:
+    """Put the Zarr shard, unless one is there that is whole and holds the same rows, or that the ledger tells of."""
+    name = shard_name(unit)
+    data = encode_shard(recipe, unit.bucket, rows)
+    if data and storage.put_if_absent(name, data):
+        return _Put(rows, len(data))
+    if not data and not storage.exists(name):
+        return _Put(rows, 0)
+    there = storage.read(name)
+    rows_there = _whole_rows(recipe, unit, there)
+    if rows_there is not None and np.array_equal(_is_absent(rows_there, recipe), absent):
+        return _Put(rows_there, 0)
+    if storage.exists(ledger.unit_name(unit)):
+        return _Put(rows, 0)
+    if data:
+        storage.put(name, data)
+    else:
+        storage.delete(name)
+    return _Put(rows, len(data), there if rows_there is not None else None)
+
+
+def _whole_rows(recipe: Recipe, unit: Unit, data: bytes) -> np.ndarray | None:
+    """The rows of a Zarr shard without ledger; None when it is damaged, for then nobody vouches for it."""
+    try:
+        return decode_shard(recipe, unit.bucket, data, shard_name(unit))
+    except StoreError:
+        return None
+
+
+def _is_absent(rows: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Which rows are all NaN, [S]."""
+    absent: np.ndarray = np.isnan(to_float32(rows, recipe.encode.dtype)).reshape(len(rows), -1).all(axis=1)
+    return absent
+
+
+def _line(recipe: Recipe, clip: Clip, result: RowResult, row: np.ndarray) -> LedgerRow:
+    sample, media = clip.sample, clip.media
+    return LedgerRow(
+        key=sample.key,
+        shard=clip.shard_url,
+        member=sample.member,
+        offset=sample.offset,
+        row=clip.row,
+        window_index=clip.window_index,
+        window_start=clip.window.start,
+        num_frames=clip.bucket.num_frames,
+        valid_frames=clip.window.num_frames,
+        kind=media.kind,
+        source_height=media.height,
+        source_width=media.width,
+        source_fps=media.fps,
+        caption=caption(sample, recipe),
+        metadata=sample.metadata,
+        **(_failure(result) if isinstance(result, SampleError) else _latent(result, row, recipe)),
+    )
+
+
+def _failure(error: SampleError) -> dict[str, Any]:
+    return {"status": FAILED, "reason": error.reason, "detail": error.detail}
+
+
+def _latent(facts: RowFacts, row: np.ndarray, recipe: Recipe) -> dict[str, Any]:
+    values = to_float32(row, recipe.encode.dtype).astype(np.float64)
+    return {
+        "status": WRITTEN,
+        "decoder": facts.decoder,
+        "pts_seconds": facts.pts_seconds,
+        "checksum": checksum(row),
+        "minimum": float(values.min()),
+        "maximum": float(values.max()),
+        "channel_mean": tuple(values.mean(axis=(1, 2, 3)).tolist()),
+        "channel_variance": tuple(values.var(axis=(1, 2, 3)).tolist()),
+    }

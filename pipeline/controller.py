@@ -1,0 +1,205 @@
+"""Who encodes what next, and what follows when something breaks. Pure: no Ray, no threads, no clock of its own.
+
+In:   the units left, and events: done, failed, lost.
+Out:  leases; a decision to go on or a JobError to stop with; Progress.
+Cost: microseconds per event; memory for what is in flight or broke before, not for all units.
+Errors: FailureLimitError when too many clips failed; JobError when units or workers cannot be saved.
+
+Blame. A lost worker gives its units back; each is suspected once more, unless the loss was the cluster's (preemption, a
+lost node). From its second suspicion on a unit runs alone on a worker, so that the next death proves it. After
+`_DEATHS_ALONE` deaths alone, or `_UNIT_TRIES` failures of its own, the unit is given up and the job ends with an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+
+from pipeline.errors import FailureLimitError, JobError
+from pipeline.plan import Unit
+from pipeline.worker import UnitReport
+
+_ALONE_FROM = 2
+_DEATHS_ALONE = 2
+_UNIT_TRIES = 3
+_FAILURES_TOLD = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Bounds of a job. Each can be a flag."""
+
+    units_in_flight: int = 3
+    """Units leased to a worker at a time: one encoding, one decoding ahead, one being written."""
+    max_failed_share: float = 0.2
+    """Share of the clips (and of the samples at planning) that may fail before the job stops."""
+    min_clips_judged: int = 50
+    """The share is judged while the job runs from this many clips on, and always at its end."""
+    max_lost_workers: int = 10
+    """Encode workers that may die, in all, before the job stops."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share lies in 0..1, got {self.max_failed_share}")
+        if self.units_in_flight < 1:
+            raise ValueError(f"units_in_flight must be at least 1, got {self.units_in_flight}")
+
+
+@dataclasses.dataclass
+class Progress:
+    """Sums over the units committed in this run."""
+
+    units: int = 0
+    written: int = 0
+    failed: Counter[str] = dataclasses.field(default_factory=Counter)
+    failures: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    frames: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    encode_seconds: float = 0.0
+    starved_seconds: float = 0.0
+    blocked_seconds: float = 0.0
+
+    @property
+    def clips(self) -> int:
+        return self.written + self.failed.total()
+
+    @property
+    def busy_share(self) -> float:
+        """Encode time over the time that encoders encoded, starved for input or were blocked on output."""
+        span = self.encode_seconds + self.starved_seconds + self.blocked_seconds
+        return self.encode_seconds / span if span else 0.0
+
+    def add(self, report: UnitReport) -> None:
+        self.units += 1
+        self.written += report.written
+        self.failed.update(report.failed)
+        self.failures += report.failures[: _FAILURES_TOLD - len(self.failures)]
+        for name in ("frames", "bytes_read", "bytes_written", "encode_seconds", "starved_seconds", "blocked_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(report, name))
+
+
+class Controller:
+    """Leases units to workers and keeps score."""
+
+    def __init__(self, units: Iterable[Unit], policy: Policy) -> None:
+        self.policy = policy
+        self.progress = Progress()
+        self.given_up: dict[Unit, str] = {}
+        self._fresh: Iterator[Unit] = iter(units)
+        self._again: deque[Unit] = deque()
+        self._leases: dict[str, list[Unit]] = {}
+        self._suspicion: Counter[Unit] = Counter()  # of units that are not done
+        self._tries: Counter[Unit] = Counter()  # likewise
+        self._lost_workers = 0
+
+    def lease(self, worker: str) -> Unit | None:
+        """The next unit for a worker, or None when it has enough or nothing is left."""
+        held = self._leases.setdefault(worker, [])
+        if len(held) >= self.policy.units_in_flight or any(self._is_alone(unit) for unit in held):
+            return None
+        unit = self._next(bool(held))
+        if unit is not None:
+            held.append(unit)
+        return unit
+
+    def _next(self, worker_is_busy: bool) -> Unit | None:
+        for _ in range(len(self._again)):
+            unit = self._again.popleft()
+            if not (self._is_alone(unit) and worker_is_busy):
+                return unit
+            self._again.append(unit)
+        if self._again and worker_is_busy:
+            return None  # A suspect waits for this worker to be empty.
+        return next(self._fresh, None)
+
+    def _is_alone(self, unit: Unit) -> bool:
+        return self._suspicion[unit] >= _ALONE_FROM
+
+    def leases_of(self, worker: str) -> tuple[Unit, ...]:
+        """The units a worker holds."""
+        return tuple(self._leases.get(worker, ()))
+
+    @property
+    def in_flight(self) -> int:
+        return sum(len(units) for units in self._leases.values())
+
+    def finished(self) -> bool:
+        """Whether nothing is leased and nothing is left to lease."""
+        if not self._again:
+            self._again.extend(itertools.islice(self._fresh, 1))
+        return not self._again and not self.in_flight
+
+    def done(self, worker: str, report: UnitReport) -> None:
+        """A unit is committed.
+
+        Raises:
+            FailureLimitError: too many clips have failed by now.
+        """
+        self._release(worker, report.unit)
+        self._suspicion.pop(report.unit, None)
+        self._tries.pop(report.unit, None)
+        self.progress.add(report)
+        if self.progress.clips >= self.policy.min_clips_judged:
+            self.judge()
+
+    def failed(self, worker: str, unit: Unit, error: Exception) -> None:
+        """A unit failed for a cause that may pass; it is tried again, a bounded number of times.
+
+        Raises:
+            JobError: at once, when the error says that no retry can help.
+        """
+        self._release(worker, unit)
+        if isinstance(error, JobError):
+            raise error
+        self._tries[unit] += 1
+        if self._tries[unit] >= _UNIT_TRIES:
+            self.given_up[unit] = f"failed {_UNIT_TRIES} times, at last: {error}"
+        else:
+            self._again.append(unit)
+
+    def lost(self, worker: str, cause: str, infrastructure: bool) -> None:
+        """A worker died with its leases.
+
+        Raises:
+            JobError: too many workers died.
+        """
+        units = self._leases.pop(worker, [])
+        if infrastructure:
+            self._again.extend(units)
+            return
+        for unit in units:
+            self._suspicion[unit] += 1
+            if self._suspicion[unit] >= _ALONE_FROM + _DEATHS_ALONE:
+                self.given_up[unit] = f"killed its worker {_DEATHS_ALONE} times while alone on it: {cause}"
+            else:
+                self._again.append(unit)
+        self._lost_workers += 1
+        if self._lost_workers > self.policy.max_lost_workers:
+            raise JobError(
+                f"{self._lost_workers} encode workers died, at most {self.policy.max_lost_workers} may; the last one "
+                f"with: {cause}. Mend the cause; the same command goes on."
+            )
+
+    def _release(self, worker: str, unit: Unit) -> None:
+        held = self._leases.get(worker, [])
+        if unit not in held:
+            raise RuntimeError(f"{worker} reports {unit.name}, which is not leased to it")
+        held.remove(unit)
+
+    def judge(self) -> None:
+        """Compare the failures with what the job allows.
+
+        Raises:
+            FailureLimitError: the share is above the limit.
+        """
+        progress, limit = self.progress, self.policy.max_failed_share
+        failed = progress.failed.total()
+        if progress.clips and failed / progress.clips > limit:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in progress.failed.most_common(5))
+            raise FailureLimitError(
+                f"{failed} of {progress.clips} clips failed ({failed / progress.clips:.0%}), more than "
+                f"--max-failed-share {limit:g} allows: {reasons}. What is committed stays; see `latentmill status`."
+            )

@@ -1,0 +1,79 @@
+"""What a unit's clips are asked for: decode requests, and the fixed slices that are encoded together.
+
+In:   a unit's clips in row order, and the recipe.
+Out:  DecodeRequests for some Decoders; slices; a refusal of shards that changed.
+Cost: pure, but for one stat per shard in `require_unchanged`.
+Errors: ShardError for a shard that is not the one that was planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Protocol
+
+from pipeline.decode.records import ClipShape, DecodeOutcome, DecodeRequest, MediaSource
+from pipeline.errors import ShardError
+from pipeline.placement import Clip
+from pipeline.recipe import Recipe
+from pipeline.sampling import grid
+from pipeline.shards import ShardRef
+from pipeline.storage import stat_object
+
+
+class PendingDecode(Protocol):
+    """A decode request under way."""
+
+    def result(self) -> tuple[DecodeOutcome, ...]:
+        """Wait for one outcome per window. Bad media is an outcome; UnitError means that decoding itself broke."""
+        ...
+
+
+class Decoders(Protocol):
+    """Where decode requests go: processes of this machine, or tasks of a cluster."""
+
+    def submit(self, request: DecodeRequest) -> PendingDecode:
+        """Start decoding."""
+        ...
+
+
+def next_slice(clips: Sequence[Clip], done: int, recipe: Recipe, first_row: int) -> Sequence[Clip]:
+    """The clips of the fixed batch that clip number `done` is in: rows [k * B, (k + 1) * B) of the unit. Pure."""
+    batch = (clips[done].row - first_row) // recipe.encode.batch_size
+    end = done
+    while end < len(clips) and (clips[end].row - first_row) // recipe.encode.batch_size == batch:
+        end += 1
+    return clips[done:end]
+
+
+def to_requests(clips: Sequence[Clip], recipe: Recipe, group_bytes: int) -> list[DecodeRequest]:
+    """Neighbouring windows of one sample become one request, so that they share a pass, up to `group_bytes`. Pure."""
+    requests = []
+    for _, group in groupby(clips, key=lambda clip: (clip.shard_url, clip.sample.offset)):
+        same = list(group)
+        step = max(1, group_bytes // same[0].decoded_bytes)
+        requests += [_request(same[start : start + step], recipe) for start in range(0, len(same), step)]
+    return requests
+
+
+def _request(clips: Sequence[Clip], recipe: Recipe) -> DecodeRequest:
+    clip = clips[0]
+    sample = clip.sample
+    source = MediaSource(clip.shard_url, sample.offset, sample.size_bytes, clip.media.kind, sample.key)
+    shape = ClipShape(clip.bucket.height, clip.bucket.width, recipe.buckets.fit, recipe.buckets.filter)
+    windows = tuple(clip.window for clip in clips)
+    return DecodeRequest(source, grid(recipe.sampling), windows, shape, recipe.decoder)
+
+
+def require_unchanged(shard: ShardRef) -> None:
+    """Refuse a shard that is not the one that was planned.
+
+    Raises:
+        ShardError: its size or version differs, or it is gone.
+    """
+    now = stat_object(shard.url)
+    if (now.size_bytes, now.version) != (shard.size_bytes, shard.version):
+        raise ShardError(
+            f"shard {shard.url} changed since it was planned: size {shard.size_bytes} -> {now.size_bytes}, "
+            f"version {shard.version} -> {now.version}. Restore it, or write to a new --store."
+        )

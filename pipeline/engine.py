@@ -1,0 +1,195 @@
+"""The job's loop: keep workers alive and fed until no unit is left. Two engines stand behind it: in-process and Ray.
+
+In:   a Controller and an Engine (start a worker, submit a unit, wait for events).
+Out:  every unit committed or given up.
+Cost: microseconds per event and worker; the loop sleeps in `Engine.wait`.
+Errors: JobError from the controller, or for units that were given up; Interrupted when `stop` was set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from pipeline.controller import Controller
+from pipeline.errors import JobError
+from pipeline.plan import Unit
+from pipeline.worker import UnitReport
+
+_TICK_SECONDS = 1.0
+_GIVEN_UP_TOLD = 20
+
+
+class Interrupted(JobError):  # noqa: N818 (it is no error, but ends the job like one)
+    """The user asked the job to stop; the same command goes on."""
+
+    exit_code = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerReady:
+    """A worker has its encoder loaded."""
+
+    worker: str
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitDone:
+    """A unit is committed."""
+
+    worker: str
+    report: UnitReport
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitFailed:
+    """A unit failed and its worker lives."""
+
+    worker: str
+    unit: Unit
+    error: Exception
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerLost:
+    """A worker died; `infrastructure` when the cluster took it and nobody is to blame."""
+
+    worker: str
+    cause: str
+    infrastructure: bool = False
+
+
+Event = WorkerReady | UnitDone | UnitFailed | WorkerLost
+
+
+class Engine(Protocol):
+    """Where workers live."""
+
+    def start_worker(self) -> str:
+        """Start a worker and return its name; WorkerReady follows."""
+        ...
+
+    def submit(self, worker: str, unit: Unit) -> None:
+        """Queue a unit on a ready worker."""
+        ...
+
+    def wait(self, timeout_seconds: float) -> Sequence[Event]:
+        """What happened since the last call; waits for the first event at most that long."""
+        ...
+
+    def kill_worker(self, worker: str) -> None:
+        """End a worker that hangs; WorkerLost follows."""
+        ...
+
+    @property
+    def places(self) -> dict[str, dict[str, Any]]:
+        """Process id and node of every ready worker, for the run log."""
+        ...
+
+    def close(self) -> None:
+        """Stop all workers. Units in flight are left not done."""
+        ...
+
+
+class _Run:
+    """The state of one loop: which workers are starting, ready, and since when units are out."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        engine: Engine,
+        num_workers: int,
+        unit_timeout_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.controller, self.engine, self.clock = controller, engine, clock
+        self.num_workers, self.unit_timeout_seconds = num_workers, unit_timeout_seconds
+        self.starting: set[str] = set()
+        self.ready: set[str] = set()
+        self.busy_since: dict[str, float] = {}  # a ready worker's last event, or its first lease after it was empty
+
+    def repair(self) -> None:
+        while len(self.starting) + len(self.ready) < self.num_workers:
+            self.starting.add(self.engine.start_worker())
+
+    def feed(self) -> None:
+        for worker in sorted(self.ready):
+            if not self.controller.leases_of(worker):
+                self.busy_since[worker] = self.clock()
+            while (unit := self.controller.lease(worker)) is not None:
+                self.engine.submit(worker, unit)
+
+    def handle(self, event: Event) -> None:
+        worker = event.worker
+        self.busy_since[worker] = self.clock()
+        if isinstance(event, WorkerReady):
+            self.starting.discard(worker)
+            self.ready.add(worker)
+        elif isinstance(event, UnitDone):
+            self.controller.done(worker, event.report)
+        elif isinstance(event, UnitFailed):
+            self.controller.failed(worker, event.unit, event.error)
+        else:
+            self.starting.discard(worker)
+            self.ready.discard(worker)
+            del self.busy_since[worker]
+            self.controller.lost(worker, event.cause, event.infrastructure)
+
+    def kill_hung(self) -> None:
+        now = self.clock()
+        for worker in sorted(self.ready):
+            is_silent = now - self.busy_since[worker] > self.unit_timeout_seconds
+            if is_silent and self.controller.leases_of(worker):
+                self.busy_since[worker] = now
+                self.engine.kill_worker(worker)
+
+
+def run(
+    controller: Controller,
+    engine: Engine,
+    *,
+    num_workers: int,
+    unit_timeout_seconds: float,
+    stop: threading.Event,
+    on_tick: Callable[[Controller], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Drive the job to its end.
+
+    Args:
+        controller: knows the units that are left.
+        engine: where workers live; the caller closes it.
+        num_workers: how many workers to keep alive.
+        unit_timeout_seconds: a worker that holds units and reports nothing for so long is killed and replaced.
+        stop: ends the job between two events.
+        on_tick: called at least once a second.
+        clock: seconds that never go back.
+
+    Raises:
+        Interrupted: `stop` was set. JobError: the job cannot go on, or units were given up.
+    """
+    state = _Run(controller, engine, num_workers, unit_timeout_seconds, clock)
+    while not controller.finished():
+        if stop.is_set():
+            raise Interrupted("stopped; what is committed stays, the same command goes on")
+        state.repair()
+        state.feed()
+        for event in engine.wait(_TICK_SECONDS):
+            state.handle(event)
+        state.kill_hung()
+        on_tick(controller)
+    _require_all(controller.given_up)
+    controller.judge()
+
+
+def _require_all(given_up: Mapping[Unit, str]) -> None:
+    if not given_up:
+        return
+    told = [f"{unit.name}: {cause}" for unit, cause in sorted(given_up.items())[:_GIVEN_UP_TOLD]]
+    if len(given_up) > len(told):
+        told.append(f"and {len(given_up) - len(told)} more")
+    lines = "\n  ".join(told)
+    raise JobError(f"{len(given_up)} units were given up; the same command tries them again:\n  {lines}")

@@ -1,0 +1,136 @@
+"""One generation of the plan, and its file: counts per (shard, bucket), not a line per clip.
+
+In:   lines: which rows of which bucket belong to which shard, and how many samples have none.
+Out:  `plan/000000.parquet`: the same generation gives the same bytes (with one version of pyarrow).
+Cost: about 100 bytes per line.
+Errors: MismatchError for another format version; StoreError for a file that is damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.buckets import Bucket
+from pipeline.errors import MismatchError, StoreError
+from pipeline.recipe import FORMAT_VERSION, fingerprint
+from pipeline.shards import ShardRef
+
+_SCHEMA = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("url", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("version", pa.string()),
+        ("bucket", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("first_row", pa.int64()),
+        ("rows", pa.int64()),
+    ]
+)
+PLANNED = "planned"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """`rows` rows of one shard in one bucket (status "planned"), or that many samples without a row, and why."""
+
+    shard: ShardRef
+    bucket: Bucket | None
+    status: str
+    reason: str
+    first_row: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One extension of the plan: the shards that came with it and where their rows lie."""
+
+    number: int
+    lines: tuple[Line, ...]
+    unit_rows: dict[str, int]
+    recipe_fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return f"plan/{self.number:06d}.parquet"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What a ledger fragment carries to prove which plan it fulfils."""
+        lines = [_record(line) for line in self.lines]
+        return fingerprint([self.number, lines, self.unit_rows, self.recipe_fingerprint])
+
+
+def _record(line: Line) -> dict[str, Any]:
+    return {
+        "shard_id": line.shard.shard_id,
+        "url": line.shard.url,
+        "size_bytes": line.shard.size_bytes,
+        "version": line.shard.version,
+        "bucket": line.bucket.name if line.bucket else "",
+        "status": line.status,
+        "reason": line.reason,
+        "first_row": line.first_row,
+        "rows": line.rows,
+    }
+
+
+def to_parquet(generation: Generation) -> bytes:
+    """The generation as a file; the same generation gives the same bytes."""
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "number": generation.number,
+        "unit_rows": generation.unit_rows,
+        "recipe_fingerprint": generation.recipe_fingerprint,
+        "fingerprint": generation.fingerprint,
+    }
+    table = pa.Table.from_pylist([_record(line) for line in generation.lines], schema=_SCHEMA)
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"latentmill": json.dumps(facts, sort_keys=True)}), sink)
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes, name: str) -> Generation:
+    """The generation in a file; `name` is for messages.
+
+    Raises:
+        MismatchError: another format version. StoreError: damaged, or no plan.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        facts = json.loads(table.schema.metadata[b"latentmill"])
+        if facts["format_version"] != FORMAT_VERSION:
+            raise MismatchError(
+                f"format_version: {name} has {facts['format_version']}, this release reads {FORMAT_VERSION}"
+            )
+        generation = _generation(table, facts)
+        whole = generation.fingerprint == facts["fingerprint"]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{name} is damaged, or is no plan of latentmill: {error}. Restore it.") from error
+    if not whole:
+        raise StoreError(f"{name} is damaged: its lines do not have the fingerprint that it names. Restore it.")
+    return generation
+
+
+def _generation(table: pa.Table, facts: dict[str, Any]) -> Generation:
+    lines = tuple(
+        Line(
+            ShardRef(record["url"], record["size_bytes"], record["version"]),
+            Bucket.parse(record["bucket"]) if record["bucket"] else None,
+            record["status"],
+            record["reason"],
+            record["first_row"],
+            record["rows"],
+        )
+        for record in table.to_pylist()
+    )
+    return Generation(facts["number"], lines, facts["unit_rows"], facts["recipe_fingerprint"])

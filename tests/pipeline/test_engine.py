@@ -1,0 +1,214 @@
+"""The job's loop with an engine made of a list and a clock that only `wait` moves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from pipeline.controller import Controller, Policy
+from pipeline.engine import Event, Interrupted, UnitDone, UnitFailed, WorkerLost, WorkerReady, run
+from pipeline.errors import FailureLimitError, JobError, UnitError
+from pipeline.plan import Unit
+from tests.pipeline.test_controller import report, units
+
+
+class FakeEngine:
+    """Workers that finish a unit per `wait`; `fate` may say otherwise. `wait` moves the clock."""
+
+    def __init__(self, fate: Callable[[str, Unit], Event | None] | None = None) -> None:
+        self.fate = fate or (lambda worker, unit: UnitDone(worker, report(unit)))
+        self.now, self.waits = 0.0, 0
+        self.started: list[str] = []
+        self.killed: list[tuple[float, str]] = []
+        self.queues: dict[str, list[Unit]] = {}
+        self.events: list[Event] = []
+        self.seconds_per_wait = 1.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def start_worker(self) -> str:
+        name = f"w{len(self.started)}"
+        self.started.append(name)
+        self.events.append(WorkerReady(name))
+        return name
+
+    def submit(self, worker: str, unit: Unit) -> None:
+        self.queues.setdefault(worker, []).append(unit)
+
+    def wait(self, timeout_seconds: float) -> Sequence[Event]:
+        self.waits += 1
+        assert self.waits < 10_000, "a busy loop"
+        self.now += self.seconds_per_wait
+        events, self.events = self.events, []
+        for worker, queue in list(self.queues.items()):
+            if queue and (event := self.fate(worker, queue[0])) is not None:
+                queue.pop(0)
+                events.append(event)
+                if isinstance(event, WorkerLost):
+                    del self.queues[worker]
+        return events
+
+    def kill_worker(self, worker: str) -> None:
+        self.killed.append((self.now, worker))
+        self.queues.pop(worker, None)
+        self.events.append(WorkerLost(worker, "killed: it hangs"))
+
+    @property
+    def places(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def close(self) -> None:
+        raise AssertionError("the caller closes the engine")
+
+
+def drive(engine: FakeEngine, controller: Controller, num_workers: int = 2, timeout_seconds: float = 1e9) -> list[int]:
+    ticks: list[int] = []
+    run(
+        controller,
+        engine,
+        num_workers=num_workers,
+        unit_timeout_seconds=timeout_seconds,
+        stop=threading.Event(),
+        on_tick=lambda controller: ticks.append(controller.progress.units),
+        clock=engine.clock,
+    )
+    return ticks
+
+
+def test_all_units_are_done_by_as_many_workers_as_asked_for() -> None:
+    engine, controller = FakeEngine(), Controller(units(20), Policy())
+    ticks = drive(engine, controller, 3)
+    assert controller.progress.units == 20
+    assert engine.started == ["w0", "w1", "w2"]
+    assert ticks[-1] == 20
+
+
+def test_no_units_start_no_worker() -> None:
+    engine = FakeEngine()
+    drive(engine, Controller([], Policy()), 0)
+    drive(engine, Controller([], Policy()), 2)
+    assert engine.started == []
+    assert engine.waits == 0
+
+
+def test_a_lost_worker_is_replaced_and_its_units_are_done() -> None:
+    def fate(worker: str, unit: Unit) -> Event:
+        return WorkerLost(worker, "signal 11") if worker in ("w0", "w1") else UnitDone(worker, report(unit))
+
+    engine, controller = FakeEngine(fate), Controller(units(9), Policy())
+    drive(engine, controller, 2)
+    assert engine.started == ["w0", "w1", "w2", "w3"]
+    assert controller.progress.units == 9
+
+
+def test_a_hung_worker_is_killed_after_the_timeout_and_replaced() -> None:
+    def fate(worker: str, unit: Unit) -> Event | None:
+        return None if worker == "w0" else UnitDone(worker, report(unit))
+
+    engine, controller = FakeEngine(fate), Controller(units(5), Policy(units_in_flight=2))
+    drive(engine, controller, 1, timeout_seconds=30)
+    assert engine.killed == [(32.0, "w0")]  # ready at 1, over 30 seconds later
+    assert engine.started == ["w0", "w1"]
+    assert controller.progress.units == 5
+
+
+def test_a_worker_that_is_slow_to_die_is_not_killed_at_every_turn() -> None:
+    class Slow(FakeEngine):
+        def kill_worker(self, worker: str) -> None:
+            self.killed.append((self.now, worker))
+
+    def fate(worker: str, unit: Unit) -> Event | None:
+        if worker == "w0":
+            return WorkerLost(worker, "killed at last") if engine.now > 50 else None
+        return UnitDone(worker, report(unit))
+
+    engine = Slow(fate)
+    drive(engine, Controller(units(2), Policy()), 1, timeout_seconds=30)
+    assert engine.killed == [(32.0, "w0")]
+
+
+def test_a_worker_that_reports_in_time_is_not_killed() -> None:
+    engine, controller = FakeEngine(), Controller(units(50), Policy(units_in_flight=3))
+    drive(engine, controller, 1, timeout_seconds=2)
+    assert engine.killed == []
+
+
+def test_an_idle_worker_that_gets_a_unit_late_has_its_full_time() -> None:
+    """w1 has nothing for 100 seconds, then the units of w0, which is killed."""
+
+    def fate(worker: str, unit: Unit) -> Event | None:
+        if worker == "w0":
+            return None if engine.now < 100 else WorkerLost(worker, "preempted", infrastructure=True)
+        return UnitDone(worker, report(unit)) if engine.now > 120 else None
+
+    engine = FakeEngine(fate)
+    controller = Controller(units(1), Policy())
+    drive(engine, controller, 2, timeout_seconds=100.5)
+    assert engine.killed == []
+    assert controller.progress.units == 1
+
+
+def test_stop_interrupts() -> None:
+    engine, stop = FakeEngine(), threading.Event()
+    controller = Controller(units(100), Policy(units_in_flight=1))
+
+    def on_tick(controller: Controller) -> None:
+        if controller.progress.units >= 3:
+            stop.set()
+
+    with pytest.raises(Interrupted, match="the same command goes on") as caught:
+        run(
+            controller,
+            engine,
+            num_workers=1,
+            unit_timeout_seconds=60,
+            stop=stop,
+            on_tick=on_tick,
+            clock=engine.clock,
+        )
+    assert caught.value.exit_code == 130
+    assert controller.progress.units == 3
+
+
+def test_units_that_were_given_up_are_named_when_all_others_are_done() -> None:
+    def fate(worker: str, unit: Unit) -> Event:
+        if unit.number in (3, 5):
+            return UnitFailed(worker, unit, UnitError("no route to host"))
+        return UnitDone(worker, report(unit))
+
+    controller = Controller(units(8), Policy())
+    with pytest.raises(JobError, match=r"2 units were given up.*\n  9x32x32/000003: failed 3 times.*\n.*/000005"):
+        drive(FakeEngine(fate), controller)
+    assert controller.progress.units == 6
+
+
+def test_the_list_of_units_that_were_given_up_is_bounded() -> None:
+    controller = Controller(units(500), Policy())
+    with pytest.raises(JobError) as caught:
+        drive(FakeEngine(lambda worker, unit: UnitFailed(worker, unit, UnitError("no"))), controller)
+    assert "and 480 more" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 22
+
+
+def test_failures_are_judged_at_the_end() -> None:
+    controller = Controller(units(2), Policy(max_failed_share=0.1))
+    with pytest.raises(FailureLimitError, match="2 of 10 clips failed"):
+        drive(FakeEngine(lambda worker, unit: UnitDone(worker, report(unit, 4, crash=1))), controller)
+
+
+def test_workers_that_cannot_start_stop_the_job() -> None:
+    class Dying(FakeEngine):
+        def start_worker(self) -> str:
+            name = f"w{len(self.started)}"
+            self.started.append(name)
+            self.events.append(WorkerLost(name, "no CUDA device"))
+            return name
+
+    engine = Dying()
+    with pytest.raises(JobError, match=r"11 encode workers died.*no CUDA device"):
+        drive(engine, Controller(units(3), Policy()), 1)
+    assert len(engine.started) == 11

@@ -1,0 +1,452 @@
+"""The encode worker: its bytes depend on nothing but plan and frames; its threads never wait for each other in vain."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import worker as worker_module
+from pipeline.buckets import Bucket, BucketConfig
+from pipeline.byte_window import ByteWindow
+from pipeline.decode.records import DecodeRequest
+from pipeline.decode_requests import Decoders, next_slice, require_unchanged, to_requests
+from pipeline.errors import ShardError, StoreError, UnitError
+from pipeline.ledger import read_rows, unit_name
+from pipeline.placement import Clip
+from pipeline.plan import Plan, Unit
+from pipeline.recipe import EncodeConfig, Recipe
+from pipeline.sampling import SamplingConfig
+from pipeline.storage import LocalStorage
+from pipeline.store import read_unit, shard_name
+from pipeline.verify import unit_clips
+from pipeline.worker import EncodeWorker
+from tests.fakes import FakeDecoders, FakeEncoder, encode_store, fake_recipe, planned_store
+
+pytestmark = pytest.mark.timeout(30)
+
+CLIP_BYTES = 9 * 32 * 32 * 3
+SHARDS = ({"a": 30, "b": 9, "c": 50}, {"d": 31, "e": 12, "bad": 40})
+
+
+def recipe_of(windows: int = 2, batch_size: int = 2, unit_rows: int = 4, sizes: tuple[str, ...] = ("32x32",)) -> Recipe:
+    return fake_recipe(
+        sampling=SamplingConfig((9,), windows="uniform", num_windows=windows),
+        buckets=BucketConfig(sizes),
+        encode=EncodeConfig(batch_size=batch_size, unit_rows=unit_rows),
+    )
+
+
+def contents(storage: LocalStorage) -> dict[str, bytes]:
+    return {name: storage.read(name) for prefix in ("latents.zarr/", "ledger/") for name in storage.list(prefix)}
+
+
+@dataclasses.dataclass
+class Setup:
+    """A worker on a planned store, closed at the end of the test."""
+
+    storage: LocalStorage
+    plan: Plan
+    worker: EncodeWorker
+    fatal: list[BaseException]
+
+    @property
+    def units(self) -> list[Unit]:
+        return list(self.plan.units())
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Setup]]:
+    setups: list[Setup] = []
+
+    def make_one(
+        decoders: Decoders,
+        encoder: FakeEncoder | None = None,
+        recipe: Recipe | None = None,
+        window_bytes: int = 1 << 20,
+        storage_type: type[LocalStorage] = LocalStorage,
+    ) -> Setup:
+        storage, plan = planned_store(tmp_path, SHARDS, recipe)
+        fatal: list[BaseException] = []
+        used = storage_type(storage.url)
+        worker = EncodeWorker(encoder or FakeEncoder(), decoders, used, plan, window_bytes, fatal.append)
+        setups.append(Setup(storage, plan, worker, fatal))
+        return setups[-1]
+
+    yield make_one
+    for setup in setups:
+        setup.worker.close(finish=False)
+
+
+# the same bytes, whatever the timing
+
+
+@pytest.mark.parametrize(
+    ("windows", "batch_size", "unit_rows"), [(2, 2, 4), (7, 3, 6), (1, 4, 4), (40, 2, 256), (3, 1, 1)]
+)
+@pytest.mark.parametrize("window_clips", [0.3, 2.5, 1000])
+def test_bytes_do_not_depend_on_latency_or_window(
+    tmp_path: Path, windows: int, batch_size: int, unit_rows: int, window_clips: float
+) -> None:
+    storage, plan = planned_store(tmp_path, SHARDS, recipe_of(windows, batch_size, unit_rows))
+    copy = LocalStorage(shutil.copytree(storage.url, tmp_path / "copy"))
+    stores = []
+    runs = ((storage, FakeDecoders(), 1 << 30), (copy, FakeDecoders(0.004, windows), int(window_clips * CLIP_BYTES)))
+    for target, decoders, window_bytes in runs:
+        decoders.bad = {"bad"}
+        fatal: list[BaseException] = []
+        worker = EncodeWorker(FakeEncoder(), decoders, target, plan, window_bytes, fatal.append)
+        futures = [worker.submit(unit) for unit in plan.units()]
+        worker.close()
+        assert not fatal
+        assert sum(future.result(0).written for future in futures) == plan.num_clips - min(windows, 32)
+        largest = max(len(request.windows) for request in decoders.requests)
+        assert 0 < worker.peak_window_bytes <= max(window_bytes, (batch_size + largest) * CLIP_BYTES)
+        stores.append(contents(target))
+    assert stores[0] == stores[1]
+    assert len(stores[0]) > 2
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 5])
+def test_units_one_by_one_give_the_same_bytes(tmp_path: Path, make: Callable[..., Setup], in_flight: int) -> None:
+    setup = make(FakeDecoders(seconds=0.003), recipe=recipe_of(7, 2, 4))
+    waiting: list[Future[object]] = []
+    for unit in reversed(setup.units):
+        if len(waiting) == in_flight:
+            waiting.pop(0).result(10)
+        waiting.append(setup.worker.submit(unit))  # type: ignore[arg-type]
+    for future in waiting:
+        future.result(10)
+    by_units = contents(setup.storage)
+    for unit in setup.units:
+        setup.storage.delete(unit_name(unit))
+        setup.storage.delete(shard_name(unit))
+    encode_store(setup.storage, setup.plan, FakeDecoders())
+    again = contents(setup.storage)
+    del by_units["latents.zarr/zarr.json"], again["latents.zarr/zarr.json"]  # it has the statistics now
+    assert by_units == again
+
+
+def test_rows_are_what_the_encoder_makes_of_each_slice(make: Callable[..., Setup]) -> None:
+    from tests.fakes import ClipShape, fake_frames
+
+    setup = make(FakeDecoders())
+    for unit in setup.units:
+        setup.worker.submit(unit).result(10)
+        rows = read_unit(setup.storage, setup.plan.recipe, unit)
+        for clip in unit_clips(setup.storage, setup.plan, unit):
+            frames = torch.from_numpy(fake_frames(clip.sample.key, clip.window, ClipShape(32, 32)))
+            expected = FakeEncoder().encode(frames[None]).mean[0].numpy().astype(np.float16)
+            np.testing.assert_array_equal(rows[clip.row % 4], expected)
+
+
+def test_the_encoder_sees_full_batches_whatever_failed(make: Callable[..., Setup]) -> None:
+    class Recording(FakeEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: list[tuple[int, ...]] = []
+
+        def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None):  # type: ignore[no-untyped-def]
+            self.shapes.append(tuple(frames_BTHWC.shape))
+            return super().encode(frames_BTHWC, chunk_frames)
+
+    encoder = Recording()
+    setup = make(FakeDecoders(bad=["a", "bad"]), encoder, recipe_of(1, 4, 8))
+    report = setup.worker.submit(setup.units[0]).result(10)
+    assert encoder.shapes == [(4, 9, 32, 32, 3)] * 2
+    assert report.failed == {"bad_media": 2}
+    assert report.written == 4
+
+
+# blame
+
+
+def test_bad_media_fails_its_clips_only(make: Callable[..., Setup]) -> None:
+    setup = make(FakeDecoders(bad=["c"]))
+    report = setup.worker.submit(setup.units[0]).result(10)
+    statuses = {row["key"]: row["status"] for row in read_rows(setup.storage, unit_name(setup.units[0]))}
+    assert statuses == {"a": "written", "b": "written", "c": "failed"}
+    assert report.failures == (("c", "bad_media", "on purpose"),)
+    assert (report.written, report.frames) == (3, 27)
+
+
+def test_bytes_read_count_samples_at_one_offset_of_two_shards(make: Callable[..., Setup]) -> None:
+    setup = make(FakeDecoders(), recipe=recipe_of(1, 2, 8))
+    assert setup.worker.submit(setup.units[0]).result(10).bytes_read == 2 * (101 + 102 + 103)
+
+
+@pytest.mark.parametrize("window_clips", [1, 4, 100])
+def test_a_unit_error_fails_its_unit_and_gives_the_window_back(make: Callable[..., Setup], window_clips: int) -> None:
+    decoders = FakeDecoders(seconds=0.002, errors={"b": UnitError("storage broke")})
+    setup = make(decoders, recipe=recipe_of(2, 4, 4), window_bytes=window_clips * CLIP_BYTES)
+    futures = [setup.worker.submit(unit) for unit in [*setup.units * 3]]
+    failed = [future.exception(10) is not None for future in futures]
+    assert failed == [True, False, False] * 3
+    assert isinstance(futures[0].exception(), UnitError)
+    setup.worker.close()
+    assert setup.worker._window._used_bytes == 0
+    assert not setup.storage.exists(unit_name(setup.units[0]))
+    assert setup.storage.exists(unit_name(setup.units[1]))
+
+
+def test_an_error_from_submit_fails_the_unit_and_gives_the_window_back(make: Callable[..., Setup]) -> None:
+    class Refusing(FakeDecoders):
+        def submit(self, request: DecodeRequest):  # type: ignore[no-untyped-def]
+            if request.source.key == "b":
+                raise UnitError("no room")
+            return super().submit(request)
+
+    setup = make(Refusing())
+    futures = [setup.worker.submit(unit) for unit in setup.units]
+    assert [type(future.exception(10)) for future in futures] == [UnitError, type(None), type(None)]
+    setup.worker.close()
+    assert setup.worker._window._used_bytes == 0
+
+
+def test_a_shard_that_changed_is_refused_every_time(make: Callable[..., Setup]) -> None:
+    setup = make(FakeDecoders())
+    setup.worker.submit(setup.units[0]).result(10)
+    shard = Path(next(iter(setup.plan.shards)))
+    shard.write_bytes(b"another")
+    with pytest.raises(ShardError, match=r"changed since it was planned: size 2048 -> 7"):
+        setup.worker.submit(setup.units[0]).result(10)
+    shard.unlink()
+    with pytest.raises(ShardError, match="cannot read shard"):
+        require_unchanged(setup.plan.shards[str(shard)])
+
+
+def test_a_store_that_cannot_be_written_fails_the_unit(make: Callable[..., Setup]) -> None:
+    class Full(LocalStorage):
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            raise StoreError(f"cannot write {name}: the disk is full")
+
+    setup = make(FakeDecoders(), storage_type=Full)
+    with pytest.raises(StoreError, match="disk is full"):
+        setup.worker.submit(setup.units[0]).result(10)
+    assert setup.fatal == []
+
+
+# the unexpected
+
+
+class BrokenEncoder(FakeEncoder):
+    def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None):  # type: ignore[no-untyped-def]
+        raise MemoryError("no GPU memory")
+
+
+class BrokenStorage(LocalStorage):
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        raise RuntimeError("a bug in storage")
+
+
+class BrokenDecoders(FakeDecoders):
+    def submit(self, request: DecodeRequest):  # type: ignore[no-untyped-def]
+        raise ZeroDivisionError("a bug in decoders")
+
+
+@pytest.mark.parametrize(
+    ("decoders", "encoder", "storage_type", "expected"),
+    [
+        (BrokenDecoders(), FakeEncoder(), LocalStorage, ZeroDivisionError),
+        (FakeDecoders(errors={"a": KeyError("a bug in decode")}), FakeEncoder(), LocalStorage, KeyError),
+        (FakeDecoders(), BrokenEncoder(), LocalStorage, MemoryError),
+        (FakeDecoders(), FakeEncoder(), BrokenStorage, RuntimeError),
+    ],
+)
+def test_an_unexpected_exception_in_each_thread_is_fatal(
+    make: Callable[..., Setup],
+    decoders: Decoders,
+    encoder: FakeEncoder,
+    storage_type: type[LocalStorage],
+    expected: type,
+) -> None:
+    setup = make(decoders, encoder, recipe_of(7, 2, 4), 3 * CLIP_BYTES, storage_type)
+    futures = [setup.worker.submit(unit) for unit in setup.units]
+    for future in futures:
+        assert not_done(future)
+    assert [type(error) for error in setup.fatal] == [expected]
+    assert setup.worker.submit(setup.units[0]).cancelled()
+    started = time.monotonic()
+    setup.worker.close()
+    assert time.monotonic() - started < 2
+    assert not any(thread.is_alive() for thread in setup.worker._threads)
+
+
+def not_done(future: Future[object]) -> bool:
+    """Whether the future is cancelled, within seconds."""
+    deadline = time.monotonic() + 10
+    while not future.done() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return future.cancelled()
+
+
+def test_units_are_open_while_on_fatal_runs(tmp_path: Path) -> None:
+    """So that a process that ends itself there is a lost worker to its owner, not a cancelled unit."""
+    storage, plan = planned_store(tmp_path)
+    seen: list[bool] = []
+    futures: list[Future[object]] = []
+    submitted = threading.Event()
+
+    def on_fatal(_: BaseException) -> None:
+        submitted.wait(5)
+        seen.extend(future.done() for future in futures)
+
+    worker = EncodeWorker(BrokenEncoder(), FakeDecoders(), storage, plan, 1 << 20, on_fatal)
+    futures += [worker.submit(unit) for unit in plan.units()]  # type: ignore[misc]
+    submitted.set()
+    assert not_done(futures[0])
+    assert seen == [False] * 3
+    worker.close()
+
+
+# the end
+
+
+@pytest.mark.parametrize("after_seconds", [0.0, 0.01, 0.05])
+def test_close_without_finish_cancels_and_commits_whole_units_only(
+    make: Callable[..., Setup], after_seconds: float
+) -> None:
+    setup = make(FakeDecoders(seconds=0.02), recipe=recipe_of(40, 2, 8), window_bytes=4 * CLIP_BYTES)
+    futures = [setup.worker.submit(unit) for unit in setup.units]
+    time.sleep(after_seconds)
+    started = time.monotonic()
+    setup.worker.close(finish=False)
+    assert time.monotonic() - started < 2
+    assert all(future.done() for future in futures)
+    assert futures[-1].cancelled()
+    assert setup.worker.submit(setup.units[0]).cancelled()
+    assert not any(thread.is_alive() for thread in setup.worker._threads)
+    for unit, future in zip(setup.units, futures, strict=True):
+        if not future.cancelled():
+            assert setup.storage.exists(unit_name(unit))
+    encode_store(setup.storage, setup.plan, FakeDecoders())
+
+
+def test_close_without_finish_does_not_wait_for_a_hanging_decode(
+    make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, ends = threading.Event(), threading.Event()
+
+    class Hanging:
+        def submit(self, request: DecodeRequest) -> Hanging:
+            return self
+
+        def result(self) -> None:
+            began.set()
+            ends.wait(20)
+            raise UnitError("the pool was closed")
+
+    monkeypatch.setattr(worker_module, "_STOP_SECONDS", 0.1)
+    setup = make(Hanging())
+    futures = [setup.worker.submit(unit) for unit in setup.units]
+    assert began.wait(10)
+    setup.worker.close(finish=False)
+    assert all(future.cancelled() for future in futures)
+    ends.set()
+    for thread in setup.worker._threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert setup.fatal == []
+
+
+def test_a_unit_that_its_owner_cancelled_does_no_harm(make: Callable[..., Setup]) -> None:
+    setup = make(FakeDecoders(seconds=0.02))
+    first, second = (setup.worker.submit(unit) for unit in setup.units[:2])
+    first.cancel()
+    assert second.result(10).written == 4
+    setup.worker.close()
+    assert setup.fatal == []
+    assert setup.worker._window._used_bytes == 0
+
+
+def test_seconds_say_what_the_encoder_waited_for(make: Callable[..., Setup]) -> None:
+    class Slow(FakeDecoders):
+        def submit(self, request: DecodeRequest):  # type: ignore[no-untyped-def]
+            time.sleep(0.05)  # as a feed that reads an index from far away
+            return super().submit(request)
+
+    setup = make(Slow())
+    report = setup.worker.submit(setup.units[0]).result(10)
+    assert report.starved_seconds > 0.1
+    assert report.encode_seconds < 0.1
+
+
+# pure
+
+
+def clips_in(rows: range, shard: str = "s.tar", per_sample: int = 2) -> list[Clip]:
+    from pipeline.decode.records import MediaInfo, Window
+    from pipeline.samples import Sample
+
+    media = MediaInfo("video", "mp4", "h264", 64, 48, 0, 25.0, 90, 3.6, "yuv420p", 1)
+    bucket = Bucket(9, 32, 32)
+    return [
+        Clip(
+            row,
+            shard,
+            Sample(f"k{row // per_sample}", 512 * (row // per_sample), 100, "m", media),
+            media,
+            bucket,
+            row % per_sample,
+            Window(row, 9),
+        )
+        for row in rows
+    ]
+
+
+def test_slices_are_fixed_by_rows() -> None:
+    recipe = recipe_of(2, 4, 8)
+    for rows in (range(8, 16), range(8, 13), range(8, 9), range(8, 12)):
+        clips, slices, done = clips_in(rows), [], 0
+        while done < len(clips):
+            slices.append([clip.row for clip in next_slice(clips, done, recipe, first_row=8)])
+            done += len(slices[-1])
+        assert slices == [list(part) for part in (rows[:4], rows[4:]) if part]
+
+
+@pytest.mark.parametrize(
+    ("group_clips", "expected"), [(0.5, [1] * 8), (1, [1] * 8), (2.9, [2, 2, 2, 2]), (3, [3, 1, 3, 1]), (9, [4, 4])]
+)
+def test_requests_group_windows_of_a_sample(group_clips: float, expected: list[int]) -> None:
+    clips = clips_in(range(8), per_sample=4)
+    requests = to_requests(clips, recipe_of(4), int(group_clips * CLIP_BYTES))
+    assert [len(request.windows) for request in requests] == expected
+    assert [window for request in requests for window in request.windows] == [clip.window for clip in clips]
+    assert {request.source.offset for request in requests} == {0, 512}
+    assert (requests[0].shape.height, requests[0].shape.width) == (32, 32)
+
+
+def test_requests_do_not_mix_shards() -> None:
+    clips = clips_in(range(1), "a.tar", 9) + clips_in(range(1, 2), "b.tar", 9)
+    assert [request.source.path for request in to_requests(clips, recipe_of(), 1 << 30)] == ["a.tar", "b.tar"]
+
+
+def test_window_bounds_bytes_and_lets_waiters_go() -> None:
+    window = ByteWindow(10)
+    assert window.acquire(8)
+    outcomes: list[bool] = []
+    waiting = [threading.Thread(target=lambda: outcomes.append(window.acquire(4))) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.02)
+    assert outcomes == []
+    window.release(8)
+    for thread in waiting:
+        thread.join(5)
+    assert outcomes == [True, True]
+    assert window.acquire(4, at_least_bytes=12)
+    assert window.peak_bytes == 12
+    late = threading.Thread(target=lambda: outcomes.append(window.acquire(1)))
+    late.start()
+    window.close()
+    late.join(5)
+    assert outcomes == [True, True, False]
+    assert ByteWindow(10).acquire(11)
