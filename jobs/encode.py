@@ -1,0 +1,159 @@
+"""`encode`: index, plan and encode; the same command goes on where it stopped.
+
+In:   shards, a store, an encoder.
+Out:  a complete store and its books on stdout.
+Cost: what the plan says; a finished job costs seconds and decodes nothing.
+Errors: JobError of every kind; Interrupted on Ctrl-C or SIGTERM, with exit code 130 or 143.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from jobs.config import Encode, EngineFlags
+from jobs.prepare import decode_limits, describe_encoder, index_shards, make_plan, make_recipe, open_encoder
+from jobs.progress import Reporter
+from pipeline.account import Account, close_books, take_account, units_left
+from pipeline.controller import Controller, Policy
+from pipeline.engine import Engine, Interrupted, run
+from pipeline.errors import LatentmillError, UsageError
+from pipeline.index import list_fragments, read_fragment
+from pipeline.plan import Plan
+from pipeline.storage import Storage, open_storage
+
+_MEGABYTE = 1 << 20
+
+
+def run_encode(command: Encode) -> int:
+    """`latentmill encode SHARDS... --store S --encoder E`."""
+    storage = open_storage(command.store)
+    card, source = describe_encoder(command.recipe)
+    recipe = make_recipe(command.recipe, card)
+    if command.shards:
+        shards = index_shards(storage, command.shards, command.engine)
+    else:
+        shards = [read_fragment(storage, shard_id).shard for shard_id in list_fragments(storage)]
+    if not shards:
+        raise UsageError(f"--store {command.store} has no index yet: name SHARDS to encode")
+    plan, price = make_plan(storage, shards, recipe, source, command.limits.max_failed_share)
+    print("\n".join(price.lines()))
+    before = take_account(storage, plan)
+    if not before.is_complete:
+        _encode_units(storage, plan, source, command, before)
+    close_books(storage, plan)
+    print("\n".join(take_account(storage, plan, max_failures=10).lines()))
+    print(f"store: {storage.url}")
+    return 0
+
+
+def _encode_units(storage: Storage, plan: Plan, source: str, command: Encode, before: Account) -> None:
+    flags, num_units = command.engine, before.units - before.units_done
+    policy = Policy(units_in_flight=flags.units_in_flight, max_failed_share=command.limits.max_failed_share)
+    controller = Controller(units_left(storage, plan), policy)
+    with _stop_on_signals() as stop, _engine(storage, plan, source, flags) as engine:
+        reporter = Reporter(storage, flags, before.clips_left, num_units)
+        outcome = "done"
+        try:
+            run(
+                controller,
+                engine,
+                num_workers=min(flags.workers, num_units),
+                unit_timeout_seconds=flags.unit_timeout_seconds,
+                stop=stop.event,
+                on_tick=reporter.tick,
+            )
+        except LatentmillError as error:
+            outcome = f"stopped by {type(error).__name__}"
+            if isinstance(error, Interrupted):
+                error.exit_code = 128 + stop.signal
+            raise
+        finally:
+            reporter.finish(controller, outcome, engine.places)
+
+
+@contextlib.contextmanager
+def _engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Iterator[Engine]:
+    make = _local_engine if flags.local else _ray_engine
+    with make(storage, plan, source, flags) as engine:
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+@contextlib.contextmanager
+def _local_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Iterator[Engine]:
+    import torch
+
+    from pipeline.decode.pool import ProcessPool
+    from pipeline.local import LocalEngine
+
+    torch.set_num_threads(flags.encode_threads)
+    encoder = open_encoder(source, choose_device(flags.device), plan.recipe.encode.compute_dtype)
+    with ProcessPool(flags.decode_workers, decode_limits(flags)) as pool:
+        yield LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE)
+
+
+@contextlib.contextmanager
+def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Iterator[Engine]:
+    from jobs.ray_engine import RayEngine, WorkerSpec, cluster_resource, connect
+
+    connect(flags)
+    device = flags.device
+    if device == "auto":
+        device = "cuda" if cluster_resource("GPU") else "cpu"
+    yield RayEngine(
+        WorkerSpec(
+            store_url=storage.url,
+            encoder_source=source,
+            device=device,
+            compute_dtype=plan.recipe.encode.compute_dtype,
+            encode_threads=flags.encode_threads,
+            window_bytes=flags.window_mb * _MEGABYTE,
+            limits=decode_limits(flags),
+        ),
+        flags,
+    )
+
+
+def choose_device(name: str) -> str:
+    """The device that a flag means on this machine."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _Stop:
+    """A flag that signals raise; remembers which, for the exit code."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.signal = signal.SIGINT
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if self.event.is_set():
+            raise KeyboardInterrupt  # The second time the user means it.
+        self.signal = signal.Signals(number)
+        self.event.set()
+        print("stopping: units in flight are left for the next run (again to stop at once)", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    before: dict[signal.Signals, Any] = {
+        number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

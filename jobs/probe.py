@@ -1,0 +1,104 @@
+"""`plan --probe`: what encoding will take, from a short trial with the real encoder and decoder.
+
+In:   a plan's price and its first clips.
+Out:  lines: seconds per clip of decode and encode per bucket, hours in all, which of the two is the limit.
+Cost: loads the encoder; decodes and encodes two slices per bucket.
+Errors: those of the encoder; a bucket whose first clips cannot be decoded is said to be unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+from jobs.config import TrialFlags
+from jobs.prepare import decode_limits, open_encoder
+from jobs.progress import format_seconds
+from models.spec import VideoEncoder
+from pipeline.buckets import Bucket
+from pipeline.decode.process import DecodeProcess
+from pipeline.decode.records import DecodedClip
+from pipeline.decode_requests import to_requests
+from pipeline.encode import encode_slice
+from pipeline.placement import Clip
+from pipeline.plan import Plan, Unit, load_plan
+from pipeline.price import Price
+from pipeline.recipe import Recipe
+from pipeline.storage import Storage
+from pipeline.verify import unit_clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Seconds per clip, on one decode process and on one encode worker."""
+
+    decode_seconds: float
+    encode_seconds: float
+
+
+def estimate(storage: Storage, recipe: Recipe, source: str, price: Price, flags: TrialFlags) -> Iterator[str]:
+    """Lines for people."""
+    import torch
+
+    from jobs.encode import choose_device
+
+    torch.set_num_threads(flags.encode_threads)
+    device = choose_device(flags.device)
+    encoder = open_encoder(source, device, recipe.encode.compute_dtype)
+    plan = load_plan(storage, recipe)
+    decode_total = encode_total = 0.0
+    with DecodeProcess(decode_limits(flags)) as process:
+        for bucket in plan.buckets:
+            trial = _try_bucket(storage, plan, bucket, encoder, process)
+            if trial is None:
+                yield f"probe {bucket.name}: none of the first clips can be decoded; no estimate for this bucket"
+                continue
+            clips = price.buckets[bucket].clips
+            decode_total += clips * trial.decode_seconds
+            encode_total += clips * trial.encode_seconds
+            yield (
+                f"probe {bucket.name}: decode {trial.decode_seconds * 1e3:.1f} ms per clip and process, "
+                f"encode {trial.encode_seconds * 1e3:.1f} ms per clip on {device}"
+            )
+    decode_wall, encode_wall = decode_total / flags.decode_workers, encode_total / flags.workers
+    limit = "encode" if encode_wall >= decode_wall else "decode"
+    yield (
+        f"estimate: {format_seconds(max(decode_wall, encode_wall))} with {flags.workers} encode workers and "
+        f"{flags.decode_workers} decode processes, {limit}-bound (encode {encode_total / 3600:.3f} worker hours, "
+        f"decode {decode_total / 3600:.3f} core hours; each worker on a device of its own)"
+    )
+
+
+def _try_bucket(
+    storage: Storage, plan: Plan, bucket: Bucket, encoder: VideoEncoder, process: DecodeProcess
+) -> Trial | None:
+    batch_size = plan.recipe.encode.batch_size
+    units = (unit for unit in plan.units() if unit.bucket == bucket)
+    unit = next(units, Unit(bucket, 0))
+    clips = list(islice(unit_clips(storage, plan, unit), 2 * batch_size))
+    decoded, decode_seconds = _decode(plan.recipe, clips, process)
+    if not decoded:
+        return None
+    slice_ = decoded[:batch_size]
+    seconds = []
+    for _ in range(2):  # The first call warms up.
+        started = time.perf_counter()
+        encode_slice(encoder, plan.recipe, [clip for clip, _ in slice_], [outcome for _, outcome in slice_])
+        seconds.append(time.perf_counter() - started)
+    return Trial(decode_seconds / len(clips), seconds[-1] / batch_size)
+
+
+def _decode(recipe: Recipe, clips: list[Clip], process: DecodeProcess) -> tuple[list[tuple[Clip, DecodedClip]], float]:
+    decoded: list[tuple[Clip, DecodedClip]] = []
+    requests = to_requests(clips, recipe, 1 << 30)
+    process.decode(requests[0])  # Starts the process, which is not what is measured.
+    started = time.perf_counter()
+    position = 0
+    for request in requests:
+        for outcome in process.decode(request):
+            if isinstance(outcome, DecodedClip):
+                decoded.append((clips[position], outcome))
+            position += 1
+    return decoded, time.perf_counter() - started

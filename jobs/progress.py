@@ -1,0 +1,97 @@
+"""What a running job says: a line now and then, and a run log that holds what the store itself must not.
+
+In:   the controller's Progress.
+Out:  lines on stderr; `runs/<start>-<id>.json` in the store: host, versions, flags, rates, failures.
+Cost: nothing that counts.
+Errors: none of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import platform
+import socket
+import sys
+import time
+import uuid
+from typing import Any
+
+from jobs.config import EngineFlags
+from pipeline.controller import Controller, Progress
+from pipeline.price import format_bytes
+from pipeline.storage import Storage
+from pipeline.store import library_versions
+
+
+class Reporter:
+    """Prints a line every `progress_seconds`, and writes the run log."""
+
+    def __init__(self, storage: Storage, flags: EngineFlags, clips_left: int, units_left: int) -> None:
+        self._storage, self._flags = storage, flags
+        self._clips_left, self._units_left = clips_left, units_left
+        self._start = dt.datetime.now(dt.UTC)
+        self._started = self._printed = time.monotonic()
+        self._first_unit_seconds: float | None = None
+        self._name = f"runs/{self._start:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}.json"
+
+    def tick(self, controller: Controller) -> None:
+        """Called by the job's loop."""
+        now = time.monotonic()
+        if self._first_unit_seconds is None and controller.progress.units:
+            self._first_unit_seconds = now - self._started
+        if now - self._printed >= self._flags.progress_seconds:
+            self._printed = now
+            print(self._line(controller.progress, now - self._started), file=sys.stderr, flush=True)
+
+    def _line(self, progress: Progress, seconds: float) -> str:
+        rate = progress.clips / seconds
+        eta = format_seconds((self._clips_left - progress.clips) / rate) if rate else "unknown"
+        return (
+            f"encode: {progress.units} of {self._units_left} units, {progress.clips} of {self._clips_left} clips, "
+            f"{rate:.1f} clips/s, {progress.frames / seconds:.0f} frames/s, encoder busy {progress.busy_share:.0%}, "
+            f"failed {progress.failed.total()}, ETA {eta}"
+        )
+
+    def finish(self, controller: Controller, outcome: str, places: dict[str, Any]) -> None:
+        """Print the rates of the whole run and write the run log."""
+        seconds = time.monotonic() - self._started
+        progress = controller.progress
+        print(
+            f"encode: {outcome}: {progress.units} units, {progress.clips} clips in {format_seconds(seconds)} "
+            f"({progress.clips / seconds:.1f} clips/s, {progress.frames / seconds:.0f} frames/s), "
+            f"encoder busy {progress.busy_share:.0%}, starved {progress.starved_seconds:.1f} s, "
+            f"blocked {progress.blocked_seconds:.1f} s, read {format_bytes(progress.bytes_read)}, "
+            f"wrote {format_bytes(progress.bytes_written)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._storage.put(self._name, json.dumps(self._log(controller, outcome, seconds, places), indent=2).encode())
+
+    def _log(self, controller: Controller, outcome: str, seconds: float, places: dict[str, Any]) -> dict[str, Any]:
+        progress = {**vars(controller.progress), "failed": dict(controller.progress.failed)}
+        return {
+            "started": self._start.isoformat(),
+            "seconds": seconds,
+            "first_unit_seconds": self._first_unit_seconds,
+            "outcome": outcome,
+            "host": socket.gethostname(),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "versions": library_versions(),
+            "flags": dataclasses.asdict(self._flags),
+            "workers": places,
+            "progress": progress,
+            "given_up": {unit.name: cause for unit, cause in controller.given_up.items()},
+        }
+
+
+def format_seconds(seconds: float) -> str:
+    """As in 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
