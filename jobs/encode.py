@@ -25,14 +25,17 @@ from pipeline.engine import Engine, Interrupted, run
 from pipeline.errors import LatentmillError, UsageError
 from pipeline.index import list_fragments, read_fragment
 from pipeline.plan import Plan
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import LocalStorage, Storage, open_storage
 
 _MEGABYTE = 1 << 20
+_STALE_SECONDS = 24 * 3600.0
 
 
 def run_encode(command: Encode) -> int:
     """`latentmill encode SHARDS... --store S --encoder E`."""
     storage = open_storage(command.store)
+    if isinstance(storage, LocalStorage):
+        storage.sweep(older_than_seconds=_STALE_SECONDS)
     card, source = describe_encoder(command.recipe)
     recipe = make_recipe(command.recipe, card)
     if command.shards:

@@ -70,7 +70,7 @@ def _select(posterior: Posterior, recipe: Recipe, clips: Sequence[Clip]) -> np.n
     if mode == "moments":
         return torch.cat([mean, logvar], dim=1).numpy()
     seed = recipe.encode.sample_seed
-    samples = [_draw(*moments, seed) for moments in zip(mean, logvar, clips, strict=True)]
+    samples = [_draw(mean[place], logvar[place], clip, seed) for place, clip in enumerate(clips)]
     return torch.stack(samples).numpy()
 
 

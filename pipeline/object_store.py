@@ -4,7 +4,7 @@ In:   urls `s3://name/key`, `gs://name/key`; credentials and endpoints from the 
 Out:  ObjectClient: head, get, range, put, conditional put, list, delete; ObjectStorage, the Storage made of it.
 Cost: one request each, on pooled connections. A service that does not answer is given up after about a minute.
 Errors: of the client, FileNotFoundError for what is not there and OSError in one line for anything else; of the
-      storage, StoreError; UsageError without obstore.
+      storage, UnitError, since another try may go through; UsageError without obstore.
 
 obstore's threads do not survive a fork: a process that talked to it must start others by spawning them.
 """
@@ -17,7 +17,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import StoreError, UsageError
+from pipeline.errors import UnitError, UsageError
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -183,7 +183,8 @@ class ObjectStorage:
         except OSError as error:
             if verb == "read" and isinstance(error, FileNotFoundError):
                 raise
-            raise StoreError(f"cannot {verb} {self._url}/{name}: {error}") from error
+            # The client has retried for a minute; a unit may still be luckier later, so it is not the job's end.
+            raise UnitError(f"cannot {verb} {self._url}/{name}: {error}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ import errno
 import io
 import os
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -224,6 +225,13 @@ class LocalStorage:
                     ) from error
                 raise
         return True
+
+    def sweep(self, older_than_seconds: float) -> None:
+        """Remove bytes in flight that killed processes left below `runs/tmp`."""
+        for path in (self._root / "runs" / "tmp").glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > older_than_seconds:
+                    path.unlink()
 
     @contextlib.contextmanager
     def _in_flight(self, name: str, data: bytes) -> Iterator[Path]:

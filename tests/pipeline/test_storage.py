@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import object_store
-from pipeline.errors import ShardError, StoreError, UsageError
+from pipeline.errors import ShardError, StoreError, UnitError, UsageError
 from pipeline.storage import LocalStorage, ObjectStorage, Storage, is_remote, open_range, open_storage, stat_object
 from tests.object_server import object_server
 
@@ -212,6 +212,16 @@ class TestLocalCommit:
         monkeypatch.undo()
         assert storage.list("") == ["ledger/other"]
 
+    def test_only_stale_bytes_in_flight_are_swept(self, tmp_path: Path) -> None:
+        storage = LocalStorage(tmp_path)
+        storage.put("ledger/unit", b"data")
+        stale, fresh = tmp_path / "runs" / "tmp" / "stale", tmp_path / "runs" / "tmp" / "fresh"
+        for path in (stale, fresh):
+            path.write_bytes(b"half")
+        os.utime(stale, (0, 0))
+        storage.sweep(older_than_seconds=3600)
+        assert storage.list("") == ["ledger/unit", "runs/tmp/fresh"]
+
     def test_a_file_where_the_store_should_be(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
         with pytest.raises(StoreError, match=r"cannot write .*file/x: "):
@@ -370,7 +380,7 @@ class TestRemoteFailures:
 
     def test_missing_credentials_name_the_remedy_and_do_not_hang(self, no_credentials: None) -> None:
         started = time.monotonic()
-        with pytest.raises(StoreError, match=r"cannot read s3://latents/a/x: .*AWS_ACCESS_KEY_ID"):
+        with pytest.raises(UnitError, match=r"cannot read s3://latents/a/x: .*AWS_ACCESS_KEY_ID"):
             open_storage("s3://latents/a").exists("x")
         with pytest.raises(ShardError, match=r"cannot read shard s3://videos/x\.tar: .*AWS_ACCESS_KEY_ID") as caught:
             stat_object("s3://videos/x.tar")
@@ -378,7 +388,7 @@ class TestRemoteFailures:
         assert time.monotonic() - started < 20
 
     def test_a_bucket_that_is_not_there(self, server: str) -> None:
-        with pytest.raises(StoreError, match=r"cannot write s3://nowhere/x"):
+        with pytest.raises(UnitError, match=r"cannot write s3://nowhere/x"):
             open_storage("s3://nowhere").put_if_absent("x", b"")
-        with pytest.raises(StoreError, match=r"cannot list s3://nowhere/"):
+        with pytest.raises(UnitError, match=r"cannot list s3://nowhere/"):
             open_storage("s3://nowhere").list("")
