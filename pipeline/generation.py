@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import json
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.buckets import Bucket
 from pipeline.errors import MismatchError, StoreError
 from pipeline.recipe import FORMAT_VERSION, fingerprint
@@ -94,9 +93,7 @@ def to_parquet(generation: Generation) -> bytes:
         "fingerprint": generation.fingerprint,
     }
     table = pa.Table.from_pylist([_record(line) for line in generation.lines], schema=_SCHEMA)
-    sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({"latentmill": json.dumps(facts, sort_keys=True)}), sink)
-    return sink.getvalue()
+    return parquet.to_bytes(table.replace_schema_metadata({"latentmill": json.dumps(facts, sort_keys=True)}))
 
 
 def from_parquet(data: bytes, name: str) -> Generation:
@@ -106,8 +103,8 @@ def from_parquet(data: bytes, name: str) -> Generation:
         MismatchError: another format version. StoreError: damaged, or no plan.
     """
     try:
-        table = pq.read_table(io.BytesIO(data))
-        facts = json.loads(table.schema.metadata[b"latentmill"])
+        schema, table = parquet.from_bytes(data)
+        facts = json.loads(schema.metadata[b"latentmill"])
         if facts["format_version"] != FORMAT_VERSION:
             raise MismatchError(
                 f"format_version: {name} has {facts['format_version']}, this release reads {FORMAT_VERSION}"

@@ -21,8 +21,8 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.decode.records import MediaInfo, MediaSource
 from pipeline.errors import DecodeError, ShardError, StoreError
 from pipeline.samples import Sample, SampleParts, damage_sample, describe, group, media_kind
@@ -153,9 +153,7 @@ def to_parquet(fragment: IndexFragment) -> bytes:
     text = json.dumps(header, sort_keys=True).encode()
     schema = SCHEMA.with_metadata({_HEADER_KEY: text, _DIGEST_KEY: _digest(text)})
     table = pa.Table.from_pylist([dataclasses.asdict(sample) for sample in fragment.samples], schema=schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return bytes(sink.getvalue())
+    return parquet.to_bytes(table)
 
 
 def from_parquet(data: bytes, name: str) -> IndexFragment:
@@ -165,8 +163,8 @@ def from_parquet(data: bytes, name: str) -> IndexFragment:
         StoreError: the file is damaged, is no index fragment, or has another format version.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        header = _header(table.schema.metadata or {})
+        schema, table = parquet.from_bytes(data)
+        header = _header(schema.metadata or {})
         if header["version"] == FORMAT_VERSION:
             return _decode(table, header)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:

@@ -18,8 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.errors import StoreError
 from pipeline.placement import PlacedShard, Unplaced
 from pipeline.plan import Plan, Unit
@@ -98,13 +98,7 @@ def to_parquet(rows: Sequence[LedgerRow], plan_fingerprint: str) -> bytes:
     """A fragment; the same rows give the same bytes (with one version of pyarrow)."""
     facts = json.dumps({"format_version": FORMAT_VERSION, "plan": plan_fingerprint}, sort_keys=True)
     table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=SCHEMA)
-    return _to_bytes(table.replace_schema_metadata({_FACTS: facts}))
-
-
-def _to_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, write_page_checksum=True)
-    return bytes(sink.getvalue())
+    return parquet.to_bytes(table.replace_schema_metadata({_FACTS: facts}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +119,11 @@ def read_fragment(storage: Storage, name: str, columns: Sequence[str] | None = N
     is_unit = not name.startswith("ledger/unplaced/")
     remedy = "Delete it and run encode again" if is_unit else "Restore it from a copy, or write to a new --store"
     try:
-        file = pq.ParquetFile(pa.BufferReader(storage.read(name)), page_checksum_verification=True)
-        facts = json.loads(file.schema_arrow.metadata[_FACTS])
-        if not file.schema_arrow.equals(SCHEMA):
-            raise StoreError(f"{where} has other columns than a ledger of this release: {file.schema_arrow.names}")
-        return Fragment(file.read(columns=columns), facts["plan"])
+        schema, table = parquet.from_bytes(storage.read(name), columns)
+        facts = json.loads(schema.metadata[_FACTS])
+        if not schema.equals(SCHEMA):
+            raise StoreError(f"{where} has other columns than a ledger of this release: {schema.names}")
+        return Fragment(table, facts["plan"])
     except FileNotFoundError as error:
         raise StoreError(f"{where} is missing, and the plan counts on it. {remedy}.") from error
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
@@ -205,7 +199,7 @@ def compact(storage: Storage, plan: Plan) -> int:
     """
     num_rows = num_parts = 0
     for num_parts, part in enumerate(_parts(storage, plan), start=1):
-        storage.put(_part_name(num_parts - 1), _to_bytes(part))
+        storage.put(_part_name(num_parts - 1), parquet.to_bytes(part))
         num_rows += part.num_rows
     for name in storage.list("samples/"):
         if name >= _part_name(num_parts):

@@ -12,7 +12,6 @@ they are started.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import zarr
 
+from pipeline import parquet
 from pipeline.buckets import Bucket
 from pipeline.errors import StoreError, UsageError
 from pipeline.storage import Storage, open_storage
@@ -113,7 +112,7 @@ def _read_samples(storage: Storage, header: Header) -> pa.Table:
         UsageError: the store is not finished, or holds no clip.
     """
     names = storage.list("samples/")
-    parts = [pq.read_table(io.BytesIO(storage.read(name)), columns=_COLUMNS) for name in names]
+    parts = [parquet.from_bytes(storage.read(name), _COLUMNS)[1] for name in names]
     num_rows = sum(part.num_rows for part in parts)
     if not parts or header.statistics.get("rows") != num_rows:
         raise UsageError(f"{storage.url} is not finished: run `latentmill encode --store {storage.url}` to its end")
