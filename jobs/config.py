@@ -258,7 +258,7 @@ class Train(ConfigFile):
     """Height and width of a training clip, in pixels."""
     batch_size: int = 6
     """Clips per step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Peak learning rate."""
     seed: int = 0
     """Seed of weights and order."""

@@ -60,7 +60,7 @@ def _encode_units(storage: Storage, plan: Plan, source: str, command: Encode, be
     policy = Policy(units_in_flight=flags.units_in_flight, max_failed_share=command.limits.max_failed_share)
     controller = Controller(units_left(storage, plan), policy)
     with _stop_on_signals() as stop, _engine(storage, plan, source, flags) as engine:
-        reporter = Reporter(storage, flags, before.clips_left, num_units)
+        reporter = Reporter(storage, flags, controller, before.clips_left, num_units)
         outcome = "done"
         try:
             run(
@@ -77,7 +77,7 @@ def _encode_units(storage: Storage, plan: Plan, source: str, command: Encode, be
                 error.exit_code = 128 + stop.signal
             raise
         finally:
-            reporter.finish(controller, outcome, engine.places)
+            reporter.finish(outcome, engine.places)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,12 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from jobs.config import EngineFlags
 from pipeline.controller import Controller, Progress
+from pipeline.engine import Event, WorkerLost, WorkerReady
 from pipeline.price import format_bytes
 from pipeline.storage import Storage
 from pipeline.store import library_versions
@@ -28,49 +30,54 @@ from pipeline.store import library_versions
 class Reporter:
     """Prints a line every `progress_seconds`, and writes the run log."""
 
-    def __init__(self, storage: Storage, flags: EngineFlags, clips_left: int, units_left: int) -> None:
-        self._storage, self._flags = storage, flags
+    def __init__(
+        self, storage: Storage, flags: EngineFlags, controller: Controller, clips_left: int, units_left: int
+    ) -> None:
+        self._storage, self._flags, self._controller = storage, flags, controller
         self._clips_left, self._units_left = clips_left, units_left
         self._start = dt.datetime.now(dt.UTC)
         self._started = self._printed = time.monotonic()
         self._first_unit_seconds: float | None = None
         self._name = f"runs/{self._start:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}.json"
 
-    def tick(self, controller: Controller) -> None:
-        """Called by the job's loop."""
-        now = time.monotonic()
-        if self._first_unit_seconds is None and controller.progress.units:
+    def tick(self, events: Sequence[Event]) -> None:
+        """Called by the job's loop with what has happened since."""
+        now, progress = time.monotonic(), self._controller.progress
+        for event in events:
+            if isinstance(event, WorkerReady):
+                _say(f"worker {event.worker} is ready after {format_seconds(now - self._started)}")
+            elif isinstance(event, WorkerLost):
+                _say(f"worker {event.worker} died, another takes its units: {event.cause}")
+        if self._first_unit_seconds is None and progress.units:
             self._first_unit_seconds = now - self._started
-        if now - self._printed >= self._flags.progress_seconds:
+        if now - self._printed >= self._flags.progress_seconds and progress.units:
             self._printed = now
-            print(self._line(controller.progress, now - self._started), file=sys.stderr, flush=True)
+            _say(self._line(progress, now - self._started))
 
     def _line(self, progress: Progress, seconds: float) -> str:
         rate = progress.clips / seconds
         eta = format_seconds((self._clips_left - progress.clips) / rate) if rate else "unknown"
         return (
-            f"encode: {progress.units} of {self._units_left} units, {progress.clips} of {self._clips_left} clips, "
+            f"{progress.units} of {self._units_left} units, {progress.clips} of {self._clips_left} clips, "
             f"{rate:.1f} clips/s, {progress.frames / seconds:.0f} frames/s, encoder busy {progress.busy_share:.0%}, "
             f"failed {progress.failed.total()}, ETA {eta}"
         )
 
-    def finish(self, controller: Controller, outcome: str, places: dict[str, Any]) -> None:
+    def finish(self, outcome: str, places: dict[str, Any]) -> None:
         """Print the rates of the whole run and write the run log."""
         seconds = time.monotonic() - self._started
-        progress = controller.progress
-        print(
-            f"encode: {outcome}: {progress.units} units, {progress.clips} clips in {format_seconds(seconds)} "
+        progress = self._controller.progress
+        _say(
+            f"{outcome}: {progress.units} units, {progress.clips} clips in {format_seconds(seconds)} "
             f"({progress.clips / seconds:.1f} clips/s, {progress.frames / seconds:.0f} frames/s), "
             f"encoder busy {progress.busy_share:.0%}, starved {progress.starved_seconds:.1f} s, "
             f"blocked {progress.blocked_seconds:.1f} s, read {format_bytes(progress.bytes_read)}, "
-            f"wrote {format_bytes(progress.bytes_written)}",
-            file=sys.stderr,
-            flush=True,
+            f"wrote {format_bytes(progress.bytes_written)}"
         )
-        self._storage.put(self._name, json.dumps(self._log(controller, outcome, seconds, places), indent=2).encode())
+        self._storage.put(self._name, json.dumps(self._log(outcome, seconds, places), indent=2).encode())
 
-    def _log(self, controller: Controller, outcome: str, seconds: float, places: dict[str, Any]) -> dict[str, Any]:
-        progress = {**vars(controller.progress), "failed": dict(controller.progress.failed)}
+    def _log(self, outcome: str, seconds: float, places: dict[str, Any]) -> dict[str, Any]:
+        progress = {**vars(self._controller.progress), "failed": dict(self._controller.progress.failed)}
         return {
             "started": self._start.isoformat(),
             "seconds": seconds,
@@ -83,8 +90,12 @@ class Reporter:
             "flags": dataclasses.asdict(self._flags),
             "workers": places,
             "progress": progress,
-            "given_up": {unit.name: cause for unit, cause in controller.given_up.items()},
+            "given_up": {unit.name: cause for unit, cause in self._controller.given_up.items()},
         }
+
+
+def _say(text: str) -> None:
+    print(f"encode: {text}", file=sys.stderr, flush=True)
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from models.checkpoint import KIND, ModelDocument, check_weights, load_checkpoint, read_document
 from models.spec import EncoderCard, Posterior
 
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
     from models.causal import State
@@ -38,8 +37,8 @@ class NativeBackend:
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         stream = self.model.decode_stream()
-        for chunk in torch.split(latents, DECODE_LATENT_FRAMES, dim=2):
-            yield stream.push(chunk)
+        for start in range(0, latents.shape[2], DECODE_LATENT_FRAMES):
+            yield stream.push(latents[:, :, start : start + DECODE_LATENT_FRAMES])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         self.model.to(device, dtype)

@@ -43,7 +43,7 @@ class TrainSettings:
     normaliser_batches: drawn from the same iterator after the last step.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     final_learning_rate_ratio: float = 0.05
     warmup_steps: int = 20
     weight_decay: float = 0.01

@@ -63,10 +63,15 @@ class Account:
             *(f"  failed {reason}: {count}" for reason, count in self.failed.items()),
             f"units: {self.units_done} of {self.units} done",
         ]
+        return rows + [f"  {line}{f' (x{count})' if count > 1 else ''}" for line, count in self._told().items()]
+
+    def _told(self) -> Counter[str]:
+        """The failures as sentences; windows of one video that failed alike are one."""
+        told: Counter[str] = Counter()
         for row in self.failures:
-            detail = f" ({row['detail']})" if row["detail"] else ""
-            rows.append(f"  {row['key'] or row['shard']}: {row['reason']}{detail}")
-        return rows
+            detail = row["detail"].removeprefix(f"{row['key']}: ")
+            told[f"{row['key'] or row['shard']}: {row['reason']}" + (f": {detail}" if detail else "")] += 1
+        return told
 
 
 def take_account(storage: Storage, plan: Plan, max_failures: int = 0) -> Account:

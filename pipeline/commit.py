@@ -86,7 +86,9 @@ class _Put:
 
 
 def _put_shard(storage: Storage, recipe: Recipe, unit: Unit, rows: np.ndarray, absent: np.ndarray) -> _Put:
-    """Put the Zarr shard, unless one is there that is whole and holds the same rows, or that the ledger tells of."""
+    """Put the Zarr shard, unless the ledger has the unit, or one is there that is whole and holds the same rows."""
+    if storage.exists(ledger.unit_name(unit)):
+        return _Put(rows, 0)
     name = shard_name(unit)
     data = encode_shard(recipe, unit.bucket, rows)
     if data and storage.put_if_absent(name, data):

@@ -154,7 +154,7 @@ def run(
     num_workers: int,
     unit_timeout_seconds: float,
     stop: threading.Event,
-    on_tick: Callable[[Controller], None],
+    on_tick: Callable[[Sequence[Event]], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Drive the job to its end.
@@ -165,7 +165,7 @@ def run(
         num_workers: how many workers to keep alive.
         unit_timeout_seconds: a worker that holds units and reports nothing for so long is killed and replaced.
         stop: ends the job between two events.
-        on_tick: called at least once a second.
+        on_tick: told, at least once a second, what has happened since.
         clock: seconds that never go back.
 
     Raises:
@@ -177,10 +177,11 @@ def run(
             raise Interrupted("stopped; what is committed stays, the same command goes on")
         state.repair()
         state.feed()
-        for event in engine.wait(_TICK_SECONDS):
+        events = engine.wait(_TICK_SECONDS)
+        for event in events:
             state.handle(event)
         state.kill_hung()
-        on_tick(controller)
+        on_tick(events)
     _require_all(controller.given_up)
     controller.judge()
 

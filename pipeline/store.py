@@ -218,10 +218,13 @@ def decode_shard(recipe: Recipe, bucket: Bucket, data: bytes, name: str) -> np.n
     """
     array, objects = _memory_array(recipe, bucket, recipe.unit_rows(bucket))
     objects[_FIRST_SHARD] = default_buffer_prototype().buffer.from_bytes(data)
+    remedy = "Delete it and its ledger fragment and encode again."
+    if not data:  # zarr-python takes an empty shard for an absent one.
+        raise StoreError(f"{name} is damaged: it is empty. {remedy}")
     try:
         return np.asarray(array[:])
     except (ValueError, RuntimeError, IndexError) as error:
-        raise StoreError(f"{name} is damaged: {error}. Delete it and its ledger fragment and encode again.") from error
+        raise StoreError(f"{name} is damaged: {error}. {remedy}") from error
 
 
 def read_unit(storage: Storage, recipe: Recipe, unit: Unit) -> np.ndarray:

@@ -13,7 +13,7 @@ from models.spec import GeometryError
 from models.training import TrainSettings, measure_normaliser, train_vae
 
 CONFIG = VaeConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 16), 1), latent_channels=4)
-QUICK = TrainSettings(warmup_steps=5, normaliser_batches=2)
+QUICK = TrainSettings(learning_rate=2e-3, warmup_steps=5, normaliser_batches=2)
 
 
 def moving_squares(seed=0):
@@ -30,7 +30,7 @@ def moving_squares(seed=0):
         yield frames
 
 
-def test_the_loss_falls_to_half_in_sixty_steps():
+def test_the_loss_falls_below_six_tenths_in_sixty_steps():
     losses = []
     trained = train_vae(
         CONFIG, moving_squares(), steps=60, settings=QUICK, progress=lambda step, loss: losses.append((step, loss))
@@ -39,7 +39,7 @@ def test_the_loss_falls_to_half_in_sixty_steps():
     assert trained.steps == 60
     assert set(trained.losses) == {"loss", "l1", "haar", "kl"}
     first, last = (sum(loss["l1"] for _, loss in part) / 8 for part in (losses[:8], losses[-8:]))
-    assert last < 0.5 * first
+    assert last < 0.6 * first  # 0.41 when this was written
 
 
 def test_training_repeats_bit_for_bit_and_leaves_the_global_seed_alone():

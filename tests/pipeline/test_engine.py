@@ -73,7 +73,7 @@ def drive(engine: FakeEngine, controller: Controller, num_workers: int = 2, time
         num_workers=num_workers,
         unit_timeout_seconds=timeout_seconds,
         stop=threading.Event(),
-        on_tick=lambda controller: ticks.append(controller.progress.units),
+        on_tick=lambda _: ticks.append(controller.progress.units),
         clock=engine.clock,
     )
     return ticks
@@ -156,7 +156,7 @@ def test_stop_interrupts() -> None:
     engine, stop = FakeEngine(), threading.Event()
     controller = Controller(units(100), Policy(units_in_flight=1))
 
-    def on_tick(controller: Controller) -> None:
+    def on_tick(_: Sequence[Event]) -> None:
         if controller.progress.units >= 3:
             stop.set()
 
