@@ -250,13 +250,13 @@ class Train(ConfigFile):
     """Directory for the model; `latentmill encode --encoder` takes it as it is."""
     preset: str = "tiny-4x8x8x16"
     """Size and compression of the model."""
-    seconds: float = 90.0
+    seconds: float = 120.0
     """How long to train."""
     frames: int = 9
     """Frames of a training clip, on the model's grid."""
     size: int = 64
     """Height and width of a training clip, in pixels."""
-    batch_size: int = 6
+    batch_size: int = 4
     """Clips per step."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
