@@ -25,6 +25,7 @@ _RUNNERS: dict[type[config.ConfigFile], tuple[str, str]] = {
     config.Reconstruct: ("jobs.inspect_store", "run_reconstruct"),
     config.Train: ("jobs.train", "run_train"),
     config.Synthesize: ("jobs.synthesize", "run_synthesize"),
+    config.BenchDecode: ("jobs.bench_decode", "run_bench_decode"),
 }
 
 

@@ -50,7 +50,8 @@ def parse(argv: Sequence[str]) -> ConfigFile:
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         raise SystemExit(0 if argv else 2)
-    name, args = argv[0], list(argv[1:])
+    num_words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, args = " ".join(argv[:num_words]), list(argv[num_words:])
     if name not in COMMANDS:
         hint = _nearest(name, COMMANDS)
         raise UsageError(f"unknown command {name!r}{hint}; the commands are {', '.join(COMMANDS)}")

@@ -281,6 +281,32 @@ class Synthesize(ConfigFile):
     """Another seed makes other videos."""
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchDecode(ConfigFile):
+    """Measure every decoder, `auto` and plain loops on the same generated videos; writes Markdown and JSON."""
+
+    output: Path = Path()
+    """Directory for decode_<hardware>_<date>.md and .json."""
+    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    """What to call this machine in the file's name."""
+    codecs: tuple[str, ...] = ("h264", "hevc", "vp9", "av1", "mpeg4")
+    """Codecs of the rows."""
+    heights: tuple[int, ...] = (360, 720)
+    """Heights of the rows' 16:9 videos, in pixels."""
+    frames: int = 120
+    """Frames of a row's video."""
+    side: int = 128
+    """Height and width of the decoded frames, in pixels."""
+    repetitions: int = 5
+    """Rounds; medians are reported."""
+    long_minutes: float = 10.0
+    """Length of the video of which four windows are wanted."""
+    long_height: int = 720
+    """Its height, in pixels."""
+    memory_minutes: float = 60.0
+    """Length of the video whose peak memory is compared with that of a minute."""
+
+
 COMMANDS: dict[str, type[ConfigFile]] = {
     "index": Index,
     "plan": PlanCommand,
@@ -290,4 +316,5 @@ COMMANDS: dict[str, type[ConfigFile]] = {
     "reconstruct": Reconstruct,
     "train": Train,
     "synthesize": Synthesize,
+    "bench decode": BenchDecode,
 }

@@ -40,7 +40,7 @@ _TEXT, _INTEGER, _REAL = pa.string(), pa.int64(), pa.float64()
 _MEDIA = pa.struct([
     ("kind", _TEXT), ("container", _TEXT), ("codec", _TEXT), ("width", _INTEGER), ("height", _INTEGER),
     ("rotation_degrees", _INTEGER), ("fps", _REAL), ("num_frames", _INTEGER), ("duration_seconds", _REAL),
-    ("pixel_format", _TEXT), ("num_video_streams", _INTEGER),
+    ("pixel_format", _TEXT), ("num_video_streams", _INTEGER), ("interlaced", pa.bool_()),
 ])
 SCHEMA = pa.schema([
     ("key", _TEXT), ("offset", _INTEGER), ("size_bytes", _INTEGER), ("member", _TEXT), ("media", _MEDIA),

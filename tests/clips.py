@@ -21,6 +21,9 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from pipeline.decode.records import MediaKind, MediaSource
+from tests.colours import Colour, add_chart
+
+os.environ.setdefault("SVT_LOG", "1")  # errors only
 
 NUMBER_BITS = 12
 _CELLS = 4
@@ -28,7 +31,7 @@ _UPRIGHT = (1, 0, 0, 0)  # the last row of cells: a turned or mirrored picture r
 _DARK, _BRIGHT = 40, 215
 _QUIET = {
     "libx265": {"x265-params": "log-level=none", "preset": "ultrafast"},
-    "libsvtav1": {"preset": "12"},
+    "libsvtav1": {"preset": "8"},  # SVT-AV1 4.1 makes broken streams of our pictures with 10 and above
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "16"},
 }
@@ -83,6 +86,7 @@ def numbered_video(
     pixel_format: str = "yuv420p",
     codec_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
+    colour: Colour | None = None,
 ) -> bytes:
     """A whole video file whose frame i shows `i`.
 
@@ -100,6 +104,7 @@ def numbered_video(
         pixel_format: FFmpeg name.
         codec_options: FFmpeg encoder options.
         container_options: FFmpeg muxer options.
+        colour: adds the colour chart, stored and tagged as told; not for turned or squeezed frames.
     """
     time_base = 1 / Fraction(fps) if pts_ms is None and not start_ms else Fraction(1, 1000)
     times = pts_ms if pts_ms is not None else [round(i / Fraction(fps) / time_base) for i in range(num_frames)]
@@ -115,11 +120,16 @@ def numbered_video(
             stream.codec_context.gop_size = 12
             stream.codec_context.thread_count = 1
             stream.options = _QUIET.get(codec, {}) | (codec_options or {})
+            if colour is not None:
+                colour.tag(stream.codec_context)
             if rotation_degrees:
                 stream.set_display_rotation(-rotation_degrees)
             for number, time in enumerate(times[:num_frames]):
-                picture = _stored_picture(number, size, pixel_aspect, rotation_degrees)
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                if colour is not None:
+                    frame = colour.frame(add_chart(numbered_picture(number, *size)), pixel_format)
+                else:
+                    picture = _stored_picture(number, size, pixel_aspect, rotation_degrees)
+                    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 frame.pts, frame.time_base = time + start_ms, time_base
                 output.mux(stream.encode(frame))
             output.mux(stream.encode(None))
@@ -127,11 +137,12 @@ def numbered_video(
 
 
 def _stored_picture(number: int, size: tuple[int, int], pixel_aspect: Fraction, rotation_degrees: int) -> np.ndarray:
-    width, height = size
+    turned = rotation_degrees % 180 != 0
+    width, height = size[::-1] if turned else size
     shown = round(width * pixel_aspect)
+    upright = numbered_picture(number, *((height, shown) if turned else (shown, height)))
     columns = (np.arange(width) * 2 + 1) * shown // (2 * width)
-    upright = numbered_picture(number, shown, height)[:, columns]
-    return np.ascontiguousarray(np.rot90(upright, rotation_degrees // 90))
+    return np.ascontiguousarray(np.rot90(upright, rotation_degrees // 90)[:, columns])
 
 
 def trimmed_video(video: bytes, *, skip: int, container: str = "mp4") -> bytes:

@@ -1,16 +1,20 @@
-"""Memory that a decode process and its owner both see.
+"""Memory for frames: what a decode process and its owner both see, and what the owner hands out.
 
-In:   a file descriptor of anonymous memory (memfd_create), inherited by the child.
-Out:  numpy views of it.
-Cost: the largest request's frames for as long as the child lives; no name in any file system, so a kill leaves nothing.
+In:   a file descriptor of anonymous memory (memfd_create), inherited by the child; shapes.
+Out:  numpy arrays.
+Cost: the largest request's frames for as long as the child lives, and up to 64 MiB that wait to be used again; no name
+    in any file system, so a kill leaves nothing.
 Errors: OSError when the system has no memory for the map.
 """
 
 from __future__ import annotations
 
+import collections
 import fcntl
+import math
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,3 +63,47 @@ class Arena:
         """Give the descriptor back; the memory goes with the last view."""
         self._map = None
         os.close(self.fd)
+
+
+class FrameMemory:
+    """Gives out arrays, and uses their memory again once nobody refers to them or to a view of them.
+
+    Touching a fresh page costs 30 times the copy of a page: that, and not the copy, is what a hand-over costs.
+    """
+
+    def __init__(self, keep_bytes: int = 64 << 20) -> None:
+        self._keep_bytes = keep_bytes
+        # A deque's own methods are atomic; a lock would not do where the garbage collector may come in between.
+        self._free: collections.deque[mmap.mmap] = collections.deque()
+
+    def copy(self, frames: np.ndarray) -> np.ndarray:
+        """An array of its own with the same values."""
+        memory = self._take(frames.nbytes)
+        whole = np.frombuffer(memory, np.uint8, frames.nbytes)
+        # Views refer to `whole`, so it goes last.
+        weakref.finalize(whole, self._give_back, memory).atexit = False
+        copied = whole.reshape(frames.shape)
+        copied[...] = frames
+        return copied
+
+    @property
+    def free_bytes(self) -> int:
+        """How much waits to be used again."""
+        return sum(map(len, list(self._free)))
+
+    def _take(self, size_bytes: int) -> mmap.mmap:
+        for _ in range(len(self._free)):
+            try:
+                memory = self._free.popleft()
+            except IndexError:  # another thread was faster
+                break
+            if size_bytes <= len(memory) <= 2 * size_bytes:
+                return memory
+            self._free.append(memory)
+        pages = math.ceil(size_bytes / mmap.PAGESIZE)
+        return mmap.mmap(-1, pages * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def _give_back(self, memory: mmap.mmap) -> None:
+        self._free.append(memory)
+        while self.free_bytes > self._keep_bytes and self._free:
+            self._free.popleft()

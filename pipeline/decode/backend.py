@@ -10,10 +10,11 @@ Errors: damage before a window is complete is that window's DecodeError; windows
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -62,6 +63,20 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class SeekingBackend(Backend, Protocol):
+    """A back end that can leave out what lies between the wanted positions."""
+
+    def wanted_frames(
+        self, source: MediaSource, shape: ClipShape, limits: DecodeLimits, grid: Grid, positions: Sequence[range]
+    ) -> Iterator[TimedFrame]:
+        """As `frames`, less whatever shows at none of the positions (ranges, ascending and apart).
+
+        A frame that is on screen at a wanted position is followed by its successor, so that its end is known.
+        """
+        ...
+
+
 def damage(source: MediaSource, reason: str, text: str) -> DecodeError:
     """A DecodeError that names its source: by key, else by path and byte range."""
     where = source.key or f"{source.path}[{source.offset}:{source.offset + source.size_bytes}]"
@@ -69,7 +84,7 @@ def damage(source: MediaSource, reason: str, text: str) -> DecodeError:
 
 
 def choose_backend(source: MediaSource, decoder: str) -> Backend:
-    """Pillow for images, whatever `decoder` says; for videos the decoder of that name, PyAV for "auto"."""
+    """Pillow for images, whatever `decoder` says; for videos the decoder of that name, PyAV for a probe ("auto")."""
     if source.kind == "image":
         from pipeline.decode.image import PillowBackend
 
@@ -78,6 +93,10 @@ def choose_backend(source: MediaSource, decoder: str) -> Backend:
         from pipeline.decode.decord_backend import DecordBackend
 
         return DecordBackend()
+    if decoder == "torchcodec":
+        from pipeline.decode.torchcodec_backend import TorchcodecBackend
+
+        return TorchcodecBackend()
     from pipeline.decode.pyav import PyAVBackend
 
     return PyAVBackend()
@@ -99,15 +118,98 @@ def decode_windows(
 ) -> tuple[DecodeOutcome, ...]:
     """Decode in this process, into `out` (per window uint8 T H W 3) when given.
 
+    With the decoder "auto", what one back end cannot decode is given to the next one that is proven for such videos;
+    the first one's error stands where none can.
+
     Raises:
         ShardError: the source cannot be opened.
         UnitError: reading it broke off.
         MemoryError: this process has too little, or a damaged header asks for too much.
     """
-    backend = choose_backend(request.source, request.decoder)
-    fillings = [
-        _Filling(window, frames) for window, frames in zip(request.windows, out or new_frames(request), strict=True)
-    ]
+    from pipeline.decode.choice import backend_names
+
+    out = out or new_frames(request)
+    names = backend_names(request.source, request.decoder, limits)
+    outcomes = list(decode_with(choose_backend(request.source, next(names)), request, limits, out))
+    while (left := [i for i, outcome in enumerate(outcomes) if _is_damage(outcome)]) and (name := next(names, None)):
+        part = dataclasses.replace(request, windows=tuple(request.windows[i] for i in left))
+        again = decode_with(choose_backend(request.source, name), part, limits, [out[i] for i in left])
+        for i, outcome in zip(left, again, strict=True):
+            outcomes[i] = outcome if isinstance(outcome, DecodedClip) else outcomes[i]
+    return tuple(outcomes)
+
+
+def decode_with(
+    backend: Backend, request: DecodeRequest, limits: DecodeLimits, out: Sequence[np.ndarray] | None = None
+) -> tuple[DecodeOutcome, ...]:
+    """`decode_windows` with one back end.
+
+    A back end that seeks decodes the windows which damage kept from completion once more, each by itself: so a window
+    fails by what lies between its own seek point and its end, whichever windows it shares a request with.
+    """
+    out = out or new_frames(request)
+    outcomes = _decode_together(backend, request, limits, out)
+    if len(request.windows) < 2 or not isinstance(backend, SeekingBackend):
+        return outcomes
+    singles = [dataclasses.replace(request, windows=(window,)) for window in request.windows]
+    return tuple(
+        _decode_together(backend, single, limits, (frames,))[0] if _is_damage(outcome) else outcome
+        for outcome, single, frames in zip(outcomes, singles, out, strict=True)
+    )
+
+
+def decode_pieces(
+    request: DecodeRequest, limits: DecodeLimits, piece_frames: int, out: np.ndarray | None = None
+) -> Iterator[DecodedClip]:
+    """The one window of a request as consecutive clips of `piece_frames` frames (the last one may be shorter).
+
+    Together they are what `decode_windows` gives. Each is decoded when it is asked for, into `out` (uint8 T H W 3, at
+    least a piece) when given, which the next piece then overwrites. "auto" is the first back end in its order.
+
+    Raises:
+        DecodeError: the rest of the window cannot be decoded; pieces that came before are good.
+        ValueError: the request has not exactly one window.
+        ShardError, UnitError, MemoryError: as `decode_windows`.
+    """
+    from pipeline.decode.choice import backend_names
+
+    (window,) = request.windows
+    backend = choose_backend(request.source, next(backend_names(request.source, request.decoder, limits)))
+    pieces = iter(pieces_of(window, piece_frames))
+    filling = _piece(request, next(pieces), out)
+    for frame, start, stop in _spans(request, backend, limits):
+        once = dataclasses.replace(frame, pixels=functools.cache(frame.pixels))
+        # One frame may fill the rest of a piece and the beginning of the next one.
+        while filling.show(once, start, stop) and filling.missing == 0:
+            yield DecodedClip(filling.frames, filling.pts_seconds, backend.name)
+            following = next(pieces, None)
+            if following is None:
+                return
+            filling = _piece(request, following, out)
+    raise _past_end(request, window)
+
+
+def pieces_of(window: Window, piece_frames: int) -> Iterator[Window]:
+    """The window, cut into windows of `piece_frames` positions; the last one may be shorter."""
+    stop = window.start + window.num_frames
+    for start in range(window.start, stop, piece_frames):
+        yield Window(start, min(piece_frames, stop - start))
+
+
+def _piece(request: DecodeRequest, window: Window, out: np.ndarray | None) -> _Filling:
+    if out is None:
+        (out,) = new_frames(dataclasses.replace(request, windows=(window,)))
+    return _Filling(window, out[: window.num_frames])
+
+
+def _is_damage(outcome: DecodeOutcome) -> bool:
+    return isinstance(outcome, DecodeError) and outcome.reason != "past_end"
+
+
+def _decode_together(
+    backend: Backend, request: DecodeRequest, limits: DecodeLimits, out: Sequence[np.ndarray]
+) -> tuple[DecodeOutcome, ...]:
+    fillings = [_Filling(window, frames) for window, frames in zip(request.windows, out, strict=True)]
     failure: DecodeError | None = None
     try:
         _fill(fillings, _spans(request, backend, limits))
@@ -129,10 +231,16 @@ class _Filling:
         self.pts_seconds = np.zeros(window.num_frames)
         self.missing = window.num_frames
 
-    def overlap(self, start: int, stop: int) -> slice:
-        """The part of the window that lies in positions [start, stop)."""
+    def show(self, frame: TimedFrame, start: int, stop: int) -> bool:
+        """Put the frame at positions [start, stop), as far as they lie in the window. Whether any do."""
         first = max(start - self.window.start, 0)
-        return slice(first, max(first, min(stop - self.window.start, self.window.num_frames)))
+        last = min(stop - self.window.start, self.window.num_frames)
+        if first >= last:
+            return False
+        self.frames[first:last] = frame.pixels()
+        self.pts_seconds[first:last] = float(frame.pts_seconds)
+        self.missing -= last - first
+        return True
 
 
 _Span = tuple[TimedFrame, int, int]
@@ -142,14 +250,9 @@ def _fill(fillings: Sequence[_Filling], spans: Iterator[_Span]) -> None:
     if not fillings:
         return
     for frame, start, stop in spans:
-        pixels = None
+        once = dataclasses.replace(frame, pixels=functools.cache(frame.pixels))
         for filling in fillings:
-            part = filling.overlap(start, stop)
-            if part.start < part.stop:
-                pixels = frame.pixels() if pixels is None else pixels
-                filling.frames[part] = pixels
-                filling.pts_seconds[part] = float(frame.pts_seconds)
-                filling.missing -= part.stop - part.start
+            filling.show(once, start, stop)
         if not any(filling.missing for filling in fillings):
             return
 
@@ -162,13 +265,13 @@ def _spans(request: DecodeRequest, backend: Backend, limits: DecodeLimits) -> It
     grid, count = request.grid, 0
     held: TimedFrame | None = None
     start = 0
-    for frame in backend.frames(request.source, request.shape, limits):
-        count += 1
+    for frame in _frames(request, backend, limits):
+        follows, count = frame.index == count, frame.index + 1
         position = _position(frame, grid)
         if grid.fps is None:
             yield frame, position, frame.index // grid.frame_step + 1
             continue
-        if held is not None:
+        if held is not None and follows:
             yield held, start, max(start, position)
         held, start = frame, max(start, position)
     length = _checked_length(request, backend.probe(request.source, limits), count)
@@ -176,11 +279,38 @@ def _spans(request: DecodeRequest, backend: Backend, limits: DecodeLimits) -> It
         yield held, start, length
 
 
+def _frames(request: DecodeRequest, backend: Backend, limits: DecodeLimits) -> Iterator[TimedFrame]:
+    if isinstance(backend, SeekingBackend):
+        positions = merged_positions(request.windows)
+        return backend.wanted_frames(request.source, request.shape, limits, request.grid, positions)
+    return backend.frames(request.source, request.shape, limits)
+
+
+def merged_positions(windows: Sequence[Window]) -> list[range]:
+    """The positions that lie in any window, as ascending ranges with gaps between them."""
+    merged: list[range] = []
+    for window in sorted(windows, key=lambda window: window.start):
+        stop = window.start + window.num_frames
+        if merged and window.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(stop, merged[-1].stop))
+        else:
+            merged.append(range(window.start, stop))
+    return merged
+
+
 def _position(frame: TimedFrame, grid: Grid) -> int:
     """The first grid position that shows this frame or a later one."""
     if grid.fps is None:
         return -(-frame.index // grid.frame_step)
-    return max(0, math.ceil((frame.pts_seconds - frame.tick_seconds / 2) * grid.fps))
+    return max(0, math.ceil((frame.pts_seconds - rounding(frame)) * grid.fps))
+
+
+def rounding(frame: TimedFrame) -> Fraction:
+    """How far, in seconds, a frame's time may be off by being a whole number of ticks.
+
+    At most half a millisecond: coarser ticks are a frame rate's own, or GIF's, and say what they mean.
+    """
+    return min(frame.tick_seconds, Fraction(1, 1000)) / 2
 
 
 def _checked_length(request: DecodeRequest, info: MediaInfo, num_decoded: int) -> int:

@@ -1,6 +1,7 @@
 """The program that runs in a decode process: `python -m pipeline.decode.child <arena fd> <limits as JSON>`.
 
-In:   JSON lines on stdin: {"probe": source} or {"decode": request}, each with "seconds", the time allowed.
+In:   JSON lines on stdin: {"probe": source} or {"decode": request}, each with "seconds", the time allowed. With
+    "stream_stop", a position, the request's one window is a piece of a longer one that ends there.
 Out:  JSON lines on stdout: {"ready": true} once, then one reply per line; frames go into the arena.
 Cost: one decode at a time, in an address space of its own with a limit.
 Errors: LatentmillErrors travel as replies, and so does want of memory, after which the owner replaces the process.
@@ -16,16 +17,18 @@ import logging
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from typing import IO
 
 import av.logging
+import numpy as np
 
 from pipeline.decode.arena import Arena
-from pipeline.decode.backend import decode_windows, probe_media
+from pipeline.decode.backend import decode_pieces, decode_windows, probe_media
 from pipeline.decode.limits import DecodeLimits
-from pipeline.decode.records import MediaSource
+from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, MediaSource, Window
 from pipeline.decode.wire import Json, error_to_json, outcome_to_json, request_from_json
-from pipeline.errors import LatentmillError
+from pipeline.errors import DecodeError, LatentmillError
 
 # The owner kills at the time allowed. This is for a child whose owner has died while it hangs.
 _GRACE_SECONDS = 5.0
@@ -37,28 +40,73 @@ def serve(arena: Arena, limits: DecodeLimits) -> None:
     av.logging.set_level(None)
     logging.disable()  # Pillow's complaints about broken files
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = Answers(arena, limits)
     _send(replies, {"ready": True})
     for line in sys.stdin.buffer:
         message = json.loads(line)
         _limit_memory(limits.memory_bytes + arena.size_bytes)
         faulthandler.dump_traceback_later(message["seconds"] + _GRACE_SECONDS, exit=True)
-        reply = answer(message, arena, limits)
+        reply = answers.to(message)
         faulthandler.cancel_dump_traceback_later()
         _send(replies, reply)
 
 
-def answer(message: Json, arena: Arena, limits: DecodeLimits) -> Json:
-    """The reply to one message."""
-    try:
-        if "probe" in message:
-            return {"info": dataclasses.asdict(probe_media(MediaSource(**message["probe"]), limits))}
-        request = request_from_json(message["decode"])
-        outcomes = decode_windows(request, limits, arena.frames(request))
-        return {"outcomes": [outcome_to_json(outcome) for outcome in outcomes]}
-    except LatentmillError as error:
-        return error_to_json(error)
-    except MemoryError:
-        return {"out_of_memory": True}
+class Answers:
+    """Replies to messages; remembers the stream that is under way."""
+
+    def __init__(self, arena: Arena, limits: DecodeLimits) -> None:
+        self._arena, self._limits = arena, limits
+        self._stream: _Stream | None = None
+
+    def to(self, message: Json) -> Json:
+        """The reply to one message."""
+        try:
+            if "probe" in message:
+                return {"info": dataclasses.asdict(probe_media(MediaSource(**message["probe"]), self._limits))}
+            request = request_from_json(message["decode"])
+            return {"outcomes": [outcome_to_json(outcome) for outcome in self._outcomes(request, message)]}
+        except LatentmillError as error:
+            return error_to_json(error)
+        except MemoryError:
+            return {"out_of_memory": True}
+
+    def _outcomes(self, request: DecodeRequest, message: Json) -> Sequence[DecodeOutcome]:
+        frames, stop = self._arena.frames(request), message.get("stream_stop")
+        if stop is None:
+            return decode_windows(request, self._limits, frames)
+        stream, self._stream = self._stream, None
+        if stream is None or not stream.goes_on(request, stop):
+            stream = _Stream(request, stop, self._limits)
+        outcome = stream.next_piece(frames[0])
+        self._stream = stream if isinstance(outcome, DecodedClip) and stream.position < stop else None
+        return [outcome]
+
+
+class _Stream:
+    """A window's frames, piece by piece, up to position `stop`; a request asks for one piece."""
+
+    def __init__(self, request: DecodeRequest, stop: int, limits: DecodeLimits) -> None:
+        (piece,) = request.windows
+        self._request, self._stop = dataclasses.replace(request, windows=()), stop
+        self._num_frames, self.position = piece.num_frames, piece.start
+        whole = dataclasses.replace(request, windows=(Window(piece.start, stop - piece.start),))
+        self._pieces = decode_pieces(whole, limits, piece.num_frames)
+
+    def goes_on(self, request: DecodeRequest, stop: int) -> bool:
+        """Whether the request's piece is the next one."""
+        (piece,) = request.windows
+        expected = Window(self.position, min(self._num_frames, self._stop - self.position))
+        return (dataclasses.replace(request, windows=()), stop, piece) == (self._request, self._stop, expected)
+
+    def next_piece(self, out: np.ndarray) -> DecodeOutcome:
+        """The next piece, its frames copied to `out`."""
+        try:
+            clip = next(self._pieces)
+        except DecodeError as error:
+            return error
+        out[...] = clip.frames
+        self.position += len(out)
+        return clip
 
 
 def _private_stdout() -> IO[bytes]:

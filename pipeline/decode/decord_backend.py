@@ -54,7 +54,9 @@ class DecordBackend:
             nonlocal fitter
             picture = reader.read(index)
             if fitter is None:
-                height, width = picture.shape[:2]
+                height, width, channels = picture.shape
+                if channels != 3:
+                    raise damage(source, "unsupported_by_decord", f"decord makes {picture.shape} of a frame; use pyav")
                 fitter = FrameFitter(shape, width, height, aspect, Orientation(), limits.max_pixels)
             return fitter(av.VideoFrame.from_ndarray(picture, format="rgb24"))
 

@@ -1,6 +1,6 @@
 """The image back end: Pillow, and the same resampling as for videos.
 
-In:   a byte range that holds a PNG, JPEG, WebP, BMP, GIF or TIFF.
+In:   a byte range that holds a PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF or PPM.
 Out:  MediaInfo; one frame: the first picture, upright by its EXIF orientation, alpha over black, 8 bits.
 Cost: the whole file and the whole picture in memory.
 Errors: DecodeError `not_media`, `too_large`, `decode_error`; ShardError from the storage.
@@ -27,7 +27,7 @@ from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
 from pipeline.storage import open_range
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _EXIF_ORIENTATION = 0x0112
 _CLOCKWISE_DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 # What Pillow's parsers raise on broken files.
@@ -92,6 +92,7 @@ def _open(source: MediaSource, limits: DecodeLimits) -> Image.Image:
     with open_range(source.path, source.offset, source.size_bytes) as file:
         data = file.read()
     with _decode_errors(source):
+        Image.open(BytesIO(data), formats=_FORMATS).verify()  # PNG's checksums, which loading passes over
         image = Image.open(BytesIO(data), formats=_FORMATS)
     if image.width * image.height > limits.max_pixels:
         text = f"a picture of {image.width}x{image.height}, the limit is {limits.max_pixels} pixels"

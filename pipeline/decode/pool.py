@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
-from pipeline.decode.records import DecodeOutcome, DecodeRequest, MediaInfo, MediaSource
+from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, MediaInfo, MediaSource
 
 Result = TypeVar("Result")
 
@@ -65,6 +65,11 @@ class ProcessPool:
 
     def probe(self, source: MediaSource) -> Future[MediaInfo]:
         return self._threads.submit(self._run, lambda process: process.probe(source))
+
+    def stream(self, request: DecodeRequest, piece_frames: int) -> Iterator[DecodedClip]:
+        """As DecodeProcess.stream, on one of the processes, which serves nobody else until the iterator ends."""
+        with self._borrowed() as process:
+            yield from process.stream(request, piece_frames)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -3,9 +3,10 @@
 In:   a byte range that holds a video.
 Out:  MediaInfo; frames in presentation order.
 Cost: `probe` of an mp4 or mov reads headers and one frame; of anything else all packets, of which it decodes one frame.
-    Decoding holds the decoder's reference frames and nothing that grows.
-Errors: DecodeError `not_media`, `no_video_stream`, `too_large`, `unsupported_rotation`, `decode_error`,
-    `corrupt_frame`, `size_change`, `no_timestamps`; ShardError and UnitError from the storage.
+    Decoding holds the decoder's reference frames; FFmpeg's index of an mp4 takes up to 100 bytes per frame, 9 MB for
+    an hour at 25 fps.
+Errors: DecodeError `not_media`, `no_video_stream`, `too_large`, `unsupported_alpha`, `unsupported_rotation`,
+    `decode_error`, `corrupt_frame`, `size_change`, `no_timestamps`; ShardError and UnitError from the storage.
 
 Packets are counted as frames, except VP8's hidden ones. Two containers' habits are beyond that and make the count too
 high: interlaced H.264 with one field per packet, and MPEG-4 in AVI with packed B-frames. There the last windows end as
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import IO
 
@@ -30,7 +31,9 @@ from pipeline.decode.backend import TimedFrame, damage
 from pipeline.decode.fit import FrameFitter, Orientation, display_size
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.mp4 import is_fragmented
-from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
+from pipeline.decode.records import ClipShape, Grid, MediaInfo, MediaSource
+from pipeline.decode.seek import Target, targets
+from pipeline.decode.seek_pyav import SEEKABLE_CONTAINERS, NotExactError, SeekingWalk, codec_of, is_shown
 from pipeline.errors import UnitError
 from pipeline.storage import open_range
 
@@ -42,6 +45,7 @@ CONTAINERS = {
     "mpegts": "mpegts",
     "avi": "avi",
     "gif": "gif",
+    "apng": "apng",
     "flv": "flv",
     "asf": "asf",
     "mpeg": "mpeg",
@@ -61,16 +65,48 @@ class PyAVBackend:
 
     def frames(self, source: MediaSource, shape: ClipShape, limits: DecodeLimits) -> Iterator[TimedFrame]:
         with open_video(source, limits) as video:
-            first, fitter = None, None
-            for index, frame in enumerate(checked_frames(video)):
-                # AVI has no presentation times, only a rate; what FFmpeg guesses is out of order with B-frames.
-                pts = index if video.container_name == "avi" else frame.pts
-                if pts is None:
-                    raise damage(source, "no_timestamps", f"frame {index} has no presentation time")
-                if first is None or fitter is None:
-                    first, fitter = pts, _fitter(video, frame, shape, limits)
-                tick = video.tick_seconds
-                yield TimedFrame(index, (pts - first) * tick, tick, _Pixels(frame, fitter))
+            yield from _timed(video, enumerate(checked_frames(video)), shape, limits)
+
+    def wanted_frames(
+        self, source: MediaSource, shape: ClipShape, limits: DecodeLimits, grid: Grid, positions: Sequence[range]
+    ) -> Iterator[TimedFrame]:
+        done = -1
+        try:
+            for frame in self._proven_frames(source, shape, limits, grid, positions):
+                done = frame.index
+                yield frame
+        except NotExactError:
+            yield from (frame for frame in self.frames(source, shape, limits) if frame.index > done)
+
+    def _proven_frames(
+        self, source: MediaSource, shape: ClipShape, limits: DecodeLimits, grid: Grid, positions: Sequence[range]
+    ) -> Iterator[TimedFrame]:
+        last = Target.at(grid, positions[-1][-1])
+        with open_video(source, limits) as video:
+            if video.container_name not in SEEKABLE_CONTAINERS:
+                raise NotExactError
+            walk = SeekingWalk(video, last, lambda: open_video(source, limits))
+            frames = _timed(video, _checked(video, walk), shape, limits)
+            yield from _up_to_each(targets(grid, positions), frames, walk.approach)
+            yield from frames
+
+
+def _up_to_each(
+    wanted: Iterable[Target], frames: Iterator[TimedFrame], approach: Callable[[Target], None]
+) -> Iterator[TimedFrame]:
+    """The frames of a walk, which is brought near each target in turn."""
+    frame = next(frames, None)
+    if frame is None:
+        return
+    yield frame
+    for target in wanted:
+        if not target.is_done(frame):
+            approach(target)
+        while not target.is_done(frame):
+            frame = next(frames, None)
+            if frame is None:
+                return
+            yield frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +183,8 @@ def _select(source: MediaSource, file: IO[bytes], container: InputContainer, lim
     stream = next((stream for stream in shown if stream is best), shown[0])
     if stream.codec_context is None:
         raise damage(source, "decode_error", "there is no decoder for the video stream")
+    if stream.metadata.get("alpha_mode") == "1":  # VP8 and VP9; FFmpeg's decoder would show what lies under it
+        raise damage(source, "unsupported_alpha", "the picture has an alpha channel in a stream beside it")
     if stream.width * stream.height > limits.max_pixels:
         raise damage(
             source, "too_large", f"frames of {stream.width}x{stream.height}, the limit is {limits.max_pixels} pixels"
@@ -157,15 +195,38 @@ def _select(source: MediaSource, file: IO[bytes], container: InputContainer, lim
 
 def checked_frames(video: OpenVideo) -> Iterator[av.VideoFrame]:
     """All shown frames. Raises DecodeError for one that is damaged or has another size than the first."""
+    for _, frame in _checked(video, enumerate(video.container.decode(video.stream))):
+        yield frame
+
+
+def _checked(video: OpenVideo, frames: Iterable[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int, av.VideoFrame]]:
     size = None
-    for index, frame in enumerate(video.container.decode(video.stream)):
+    for index, frame in frames:
         size = size or (frame.width, frame.height)
         if frame.is_corrupt:
             raise damage(video.source, "corrupt_frame", f"frame {index} is damaged")
         if size != (frame.width, frame.height):
             text = f"frame {index} is {frame.width}x{frame.height}, those before are {size[0]}x{size[1]}"
             raise damage(video.source, "size_change", text)
-        yield frame
+        yield index, frame
+
+
+def _timed(
+    video: OpenVideo, frames: Iterable[tuple[int, av.VideoFrame]], shape: ClipShape, limits: DecodeLimits
+) -> Iterator[TimedFrame]:
+    first, fitter, before = None, None, None
+    for index, frame in frames:
+        # AVI has no presentation times, only a rate; what FFmpeg guesses is out of order with B-frames.
+        pts = index if video.container_name == "avi" else frame.pts
+        if pts is None:
+            raise damage(video.source, "no_timestamps", f"frame {index} has no presentation time")
+        if before is not None and pts < before:
+            raise damage(video.source, "unordered_timestamps", f"frame {index} is dated before the frame before it")
+        before = pts
+        if first is None or fitter is None:
+            first, fitter = pts, _fitter(video, frame, shape, limits)
+        tick = video.tick_seconds
+        yield TimedFrame(index, (pts - first) * tick, tick, _Pixels(frame, fitter))
 
 
 def orientation_of(video: OpenVideo, frame: av.VideoFrame) -> Orientation:
@@ -210,14 +271,12 @@ class _Tally:
     def __init__(self, video: OpenVideo) -> None:
         self.num_frames = 0
         self._video = video
-        self._hides = video.stream.codec_context.name in ("vp8", "libvpx")
+        self._codec = codec_of(video)
         self._first: int | None = None
         self._last, self._last_duration = 0, 0
 
     def add(self, packet: av.Packet[VideoStream]) -> None:
-        # Bit 4 of a VP8 frame is show_frame (RFC 6386, 9.1).
-        hidden = self._hides and packet.size > 0 and not bytes(packet)[0] & 0x10
-        if packet.size == 0 or packet.is_discard or hidden:
+        if not is_shown(packet, self._codec):
             return
         self.num_frames += 1
         if packet.pts is None:
@@ -241,7 +300,7 @@ def _media_info(video: OpenVideo, frame: av.VideoFrame, num_frames: int, seconds
     return MediaInfo(
         kind="video",
         container=video.container_name,
-        codec=video.stream.codec_context.codec.canonical_name,
+        codec=codec_of(video),
         width=width,
         height=height,
         rotation_degrees=orientation.clockwise_degrees,
@@ -250,4 +309,5 @@ def _media_info(video: OpenVideo, frame: av.VideoFrame, num_frames: int, seconds
         duration_seconds=seconds,
         pixel_format=frame.format.name,
         num_video_streams=video.num_video_streams,
+        interlaced=bool(frame.interlaced_frame),
     )

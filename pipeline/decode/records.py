@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.errors import DecodeError
 
 MediaKind = Literal["video", "image"]
-DecoderName = Literal["auto", "pyav", "decord"]
+DecoderName = Literal["auto", "pyav", "decord", "torchcodec"]
 Fit = Literal["crop", "stretch"]
 Filter = Literal["area", "bicubic"]
 
@@ -96,7 +96,8 @@ class MediaInfo:
     """What a video or image is, as its container says (upright: width and height after rotation and pixel aspect).
 
     `num_frames` and `duration_seconds` count shown frames; they come from the container's index where it has one
-    (mp4, mov), else from a pass over the packets. An image has one frame, duration 0 and fps 0.
+    (mp4, mov), else from a pass over the packets. An image has one frame, duration 0 and fps 0. `interlaced`: the first
+    frame is flagged as two fields, which frames keep woven together.
     """
 
     kind: MediaKind
@@ -110,6 +111,7 @@ class MediaInfo:
     duration_seconds: float
     pixel_format: str
     num_video_streams: int
+    interlaced: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

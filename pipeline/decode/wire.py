@@ -9,7 +9,7 @@ Errors: KeyError for a dictionary that the other side did not make.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -55,12 +55,14 @@ def outcome_to_json(outcome: DecodeOutcome) -> Json:
     return {"pts_seconds": outcome.pts_seconds.tolist(), "decoder": outcome.decoder}
 
 
-def outcomes_from_json(outcomes: Sequence[Json], frames: Sequence[np.ndarray]) -> tuple[DecodeOutcome, ...]:
+def outcomes_from_json(
+    outcomes: Sequence[Json], frames: Sequence[np.ndarray], copied: Callable[[np.ndarray], np.ndarray]
+) -> tuple[DecodeOutcome, ...]:
     """Undo `outcome_to_json`; `frames` has every window's, and those that succeeded are copied."""
     return tuple(
         _decode_error(fields)
         if "error" in fields
-        else DecodedClip(pictures.copy(), np.array(fields["pts_seconds"], np.float64), fields["decoder"])
+        else DecodedClip(copied(pictures), np.array(fields["pts_seconds"], np.float64), fields["decoder"])
         for fields, pictures in zip(outcomes, frames, strict=True)
     )
 

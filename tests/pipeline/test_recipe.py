@@ -171,7 +171,7 @@ def test_choices_that_the_encoder_cannot_serve() -> None:
     leaky = dataclasses.replace(FAKE_CARD, geometry=dataclasses.replace(FAKE_GEOMETRY, causality="none"))
     with pytest.raises(UsageError, match="--chunk-frames 8: fake cannot stream; leave it unset"):
         fake_recipe(encoder=leaky, encode=EncodeConfig(chunk_frames=8))
-    with pytest.raises(UsageError, match="--decoder is one of auto, pyav, decord, got 'gpu'"):
+    with pytest.raises(UsageError, match="--decoder is one of auto, pyav, decord, torchcodec, got 'gpu'"):
         fake_recipe(decoder="gpu")
 
 

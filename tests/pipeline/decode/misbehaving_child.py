@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 
 from pipeline.decode import child
-from pipeline.decode.backend import decode_windows
+from pipeline.decode.backend import decode_pieces, decode_windows, pieces_of
 
 
 def hang():
@@ -23,13 +23,25 @@ def eat_memory(limits):
     bytearray(limits.memory_bytes)
 
 
-def decode_or_misbehave(request, limits, out):
+def misbehave_in(windows, request, limits):
     behaviour, _, position = request.source.key.partition("@")
-    if any(window.start <= int(position) < window.start + window.num_frames for window in request.windows):
+    if any(window.start <= int(position) < window.start + window.num_frames for window in windows):
         {"hang": hang, "crash": crash, "oom": lambda: eat_memory(limits)}[behaviour]()
+
+
+def decode_or_misbehave(request, limits, out):
+    misbehave_in(request.windows, request, limits)
     return decode_windows(request, limits, out)
+
+
+def pieces_or_misbehave(request, limits, piece_frames):
+    pieces = decode_pieces(request, limits, piece_frames)
+    for window in pieces_of(request.windows[0], piece_frames):
+        misbehave_in([window], request, limits)
+        yield next(pieces)
 
 
 if __name__ == "__main__":
     child.decode_windows = decode_or_misbehave
+    child.decode_pieces = pieces_or_misbehave
     child.main()

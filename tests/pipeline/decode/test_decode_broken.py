@@ -103,13 +103,14 @@ def test_a_truncated_mp4_keeps_its_complete_windows(share, tmp_path):
 
 
 @pytest.mark.parametrize(("num_bytes", "reason"), [(1, "corrupt_frame"), (30, "decode_error")])
-def test_damaged_bytes_fail_the_windows_behind_them_only(num_bytes, reason, tmp_path):
+def test_damaged_bytes_fail_the_windows_that_need_them_only(num_bytes, reason, tmp_path):
     video = bytearray(numbered_video(60, container_options=FAST_START, codec_options={"qp": "10"}))
     start = len(video) * 3 // 4
     video[start : start + num_bytes] = bytes(255 - value for value in video[start : start + num_bytes])
-    early, late = decode(stored(tmp_path, bytes(video)), (0, 12), (48, 12))
+    early, late, behind = decode(stored(tmp_path, bytes(video)), (0, 12), (30, 25), (50, 10))
     assert [read_number(frame) for frame in early.frames] == list(range(12))
     assert late.reason in {reason, "decode_error"}
+    assert [read_number(frame) for frame in behind.frames] == list(range(50, 60))  # begins at a key frame of its own
 
 
 def test_a_size_change_in_mid_stream_is_told(tmp_path):

@@ -210,8 +210,8 @@ def test_decoding_stops_after_the_last_wanted_frame(tmp_path, monkeypatch):
     taken = []
     from pipeline.decode import pyav
 
-    checked = pyav.checked_frames
-    monkeypatch.setattr(pyav, "checked_frames", lambda video: (taken.append(1) or frame for frame in checked(video)))
+    checked = pyav._checked
+    monkeypatch.setattr(pyav, "_checked", lambda *video: (taken.append(1) or frame for frame in checked(*video)))
     source = stored(tmp_path, numbered_video(40))
     assert numbers(decode(source, (4, 6))[0]) == list(range(4, 10))
     assert len(taken) == 10

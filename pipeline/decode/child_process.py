@@ -1,0 +1,126 @@
+"""A child program with two pipes and shared memory: one message, one reply, and a time limit that holds.
+
+In:   JSON messages; seconds.
+Out:  JSON replies.
+Cost: two system calls per message and reply besides the waiting.
+Errors: ChildLost when the program ended, or was killed because its time was over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from pipeline.decode.arena import Arena
+from pipeline.decode.limits import DecodeLimits
+from pipeline.decode.wire import Json
+
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_START_SECONDS = 120.0  # imports from a cold network file system
+_PIPE_BYTES = 1 << 16
+
+
+class ChildLost(Exception):  # noqa: N818 (an event, told to the caller as a DecodeError)
+    """The child ended, or must end, before it replied."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(reason)
+        self.reason, self.text = reason, text
+
+
+class ChildProcess:
+    """A running child program with its pipes and its arena."""
+
+    def __init__(self, module: str, limits: DecodeLimits) -> None:
+        self.arena = Arena.create()
+        self.ready = False
+        self.clips_served = 0
+        command = [sys.executable, "-P", "-m", module, str(self.arena.fd), json.dumps(dataclasses.asdict(limits))]
+        paths = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(self.arena.fd,),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+        self.pid = self._process.pid
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdin.fileno(), False)  # a child that hangs does not read, either
+
+    def wait_until_ready(self) -> None:
+        """Raises ChildLost when the program does not come up."""
+        self._read(_START_SECONDS)
+        self.ready = True
+
+    def exchange(self, message: Json, seconds: float) -> Json:
+        """Send one message and wait for its reply; the child is killed when the time is over.
+
+        Raises:
+            ChildLost: it ended, by itself or by the limit.
+        """
+        return self._read(seconds, json.dumps(message).encode() + b"\n")
+
+    def _read(self, seconds: float, line: bytes = b"") -> Json:
+        deadline = time.monotonic() + seconds
+        reply = bytearray()
+        while not reply.endswith(b"\n"):
+            ready = _wait(self._stdout, self._stdin if line else None, deadline - time.monotonic())
+            if not ready:
+                self.kill()
+                raise ChildLost("timeout", f"not done after {seconds:.0f} seconds")
+            if self._stdin.fileno() in ready:
+                line = self._written(line)
+            if self._stdout.fileno() in ready:
+                reply += self._received()
+        fields: Json = json.loads(reply)
+        return fields
+
+    def _written(self, line: bytes) -> bytes:
+        """What is left to write."""
+        try:
+            return line[os.write(self._stdin.fileno(), line) :]
+        except BrokenPipeError:  # reading the reply will tell
+            return b""
+
+    def _received(self) -> bytes:
+        data = os.read(self._stdout.fileno(), _PIPE_BYTES)
+        if not data:
+            raise ChildLost("crash", f"the decode process ended with {_ending(self._process.wait())}")
+        return data
+
+    def kill(self) -> None:
+        """End the program; whoever waits for its reply is told."""
+        self._process.kill()
+
+    def release(self) -> None:
+        """End the program and give its pipes, its memory and its process entry back."""
+        self.kill()
+        self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+        self.arena.close()
+
+
+def _wait(source: IO[bytes], sink: IO[bytes] | None, seconds: float) -> set[int]:
+    """The descriptors that can be read or written, once one can, or none after the time."""
+    poll = select.poll()
+    poll.register(source, select.POLLIN)
+    if sink is not None:
+        poll.register(sink, select.POLLOUT)
+    return {fd for fd, _ in poll.poll(max(0.0, seconds) * 1000)}
+
+
+def _ending(return_code: int) -> str:
+    return f"exit code {return_code}" if return_code >= 0 else signal.Signals(-return_code).name

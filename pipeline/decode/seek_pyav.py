@@ -1,0 +1,282 @@
+"""PyAV's frames with jumps over what nobody wants; every frame is proven to be the one it is taken for.
+
+In:   an open video, Targets.
+Out:  (index, frame) in presentation order, the same that decoding all of it gives.
+Cost: mp4 and mov: a seek per jump, by the header's index. Other containers: two passes over the packets up to the last
+    target, of which only those between a key frame and its target are decoded.
+Errors: NotExactError where the proof fails: the caller decodes from the start. FFmpeg's errors pass.
+
+The proof: a key packet is found again by its time stamp and is a clean start (pipeline.decode.seek). Its index is the
+number of shown packets before it in the file, plus its leading ones, which come after it and are shown before it. From
+there the decoder has to return exactly one frame for every shown packet, in the order of presentation times.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import av
+
+from pipeline.decode.backend import damage
+from pipeline.decode.mp4 import is_fragmented
+from pipeline.decode.seek import (
+    MIN_JUMP_FRAMES,
+    SEEKABLE_CODECS,
+    KeyFrame,
+    KeyFrames,
+    Target,
+    is_clean_start,
+    nal_length_size,
+)
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
+
+    from pipeline.decode.pyav import OpenVideo
+
+    Packet = av.Packet[VideoStream]
+
+SEEKABLE_CONTAINERS = ("mp4", "mkv", "mpegts", "flv")
+# No picture is decoded before more than 16 that are shown earlier (ITU-T H.264, A.3.1; H.265, A.4.1): a key frame's
+# leading packets are all there before the 16th of those that are shown after it.
+_MAX_REORDERED = 16
+# Without an index, a jump costs a pass over the packets; it also must lie beyond what the decoder has read ahead.
+_MIN_PASS_FRAMES = 60
+_MAX_ATTEMPTS = 8
+_FRAME_PER_PACKET = ("h264", "hevc", "av1", "mpeg2video")
+_PROGRESSIVE = (0, 1)  # AV_FIELD_UNKNOWN, AV_FIELD_PROGRESSIVE
+
+
+class NotExactError(Exception):
+    """This video's frames cannot be told apart by its packets."""
+
+
+class SeekingWalk:
+    """A video's frames, from the first on; `approach` jumps ahead.
+
+    Args:
+        video: freshly opened.
+        last: nothing beyond it will be approached.
+        reopen: opens the same video once more, for a pass over its packets.
+    """
+
+    def __init__(self, video: OpenVideo, last: Target, reopen: Callable[[], AbstractContextManager[OpenVideo]]) -> None:
+        self._video, self._last, self._reopen = video, last, reopen
+        self._packets: Iterator[Packet] = video.container.demux(video.stream)
+        self._frames: Iterator[tuple[int, av.VideoFrame]] = enumerate(_proven_frames(video, self._packets, None))
+        self._keys: KeyFrames | None = None
+        self._by_index = False
+        self._next_index = self._first_pts = self._pts = 0
+        self._jumps = codec_of(video) in SEEKABLE_CODECS and video.stream.codec_context.field_order in _PROGRESSIVE
+
+    def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        return self
+
+    def __next__(self) -> tuple[int, av.VideoFrame]:
+        index, frame = next(self._frames)
+        assert frame.pts is not None  # proven
+        self._jumps = self._jumps and not frame.interlaced_frame  # fields may be packets of their own
+        self._first_pts = frame.pts if index == 0 else self._first_pts
+        self._next_index, self._pts = index + 1, frame.pts
+        return index, frame
+
+    def approach(self, target: Target) -> None:
+        """Go on at the last key frame before the target, when that leaves out enough to pay.
+
+        Raises:
+            NotExactError: none of the key frames before the target is a clean start.
+        """
+        distance = self._frames_to(target)
+        if not self._jumps or distance < MIN_JUMP_FRAMES:
+            return
+        if self._keys is None:
+            self._by_index = self._video.container_name == "mp4" and not is_fragmented(self._video.file)
+            if not self._by_index and distance < _MIN_PASS_FRAMES:
+                return
+            self._keys = KeyFrames(_indexed_keys(self._video) if self._by_index else self._passed_keys())
+        keys = list(itertools.islice(self._keys.up_to(target, self._first_pts, self._tick), _MAX_ATTEMPTS))
+        least = self._next_index + (MIN_JUMP_FRAMES if self._by_index else _MIN_PASS_FRAMES)
+        # Once this walk has left its place there is no way back: an earlier key frame is tried when the last one is no
+        # clean start or is shown after the target, and frames that were there before are left out.
+        if keys and keys[0].frames_before >= least and not any(self._starts_at(key, target) for key in keys):
+            raise NotExactError
+
+    @property
+    def _tick(self) -> Fraction:
+        return self._video.tick_seconds
+
+    def _frames_to(self, target: Target) -> float:
+        """How many frames lie between here and there; a guess by the average rate when only times are known."""
+        if target.index is not None:
+            return target.index - self._next_index
+        assert target.seconds is not None
+        rate = self._video.stream.average_rate or 25
+        return float((target.seconds - (self._pts - self._first_pts) * self._tick) * rate)
+
+    def _starts_at(self, key: KeyFrame, target: Target) -> bool:
+        """Move to a key frame, unless it is no clean start or is shown after the target."""
+        if self._by_index:
+            self._video.container.seek(key.time, stream=self._video.stream)
+            self._packets = self._video.container.demux(self._video.stream)
+        else:
+            self._video.stream.codec_context.flush_buffers()
+        packet = self._find(key)
+        if not is_clean_start(codec_of(self._video), bytes(packet), _length_size(self._video)):
+            return False
+        ahead, num_leading = _leading(self._video, packet, self._packets) if self._by_index else ([packet], 0)
+        pts, index = packet.pts, key.frames_before + num_leading
+        if pts is None or not target.is_after(index, (pts - self._first_pts) * self._tick):
+            return False
+        self._packets = itertools.chain(ahead, self._packets)
+        there, frames = self._next_index, enumerate(_proven_frames(self._video, self._packets, pts), index)
+        self._frames = itertools.dropwhile(lambda numbered: numbered[0] < there, frames)
+        return True
+
+    def _find(self, key: KeyFrame) -> Packet:
+        for packet in self._packets:
+            time = packet.dts if self._by_index else packet.pts
+            if packet.is_keyframe and time == key.time:
+                return packet
+            if self._by_index and time is not None and time > key.time:
+                break
+        raise NotExactError
+
+    def _passed_keys(self) -> list[KeyFrame]:
+        with self._reopen() as video:
+            return _keys_of_packets(video, self._is_beyond)
+
+    def _is_beyond(self, num_shown: int, time: int) -> bool:
+        if self._last.index is not None:
+            return num_shown > self._last.index
+        assert self._last.seconds is not None
+        return (time - self._first_pts) * self._tick > self._last.seconds
+
+
+def codec_of(video: OpenVideo) -> str:
+    """FFmpeg's canonical name."""
+    return video.stream.codec_context.codec.canonical_name
+
+
+def _length_size(video: OpenVideo) -> int:
+    return nal_length_size(codec_of(video), video.stream.codec_context.extradata or b"")
+
+
+def is_shown(packet: Packet, codec: str) -> bool:
+    """Whether a packet holds a frame that is shown, as far as its container and VP8's header tell."""
+    # Bit 4 of a VP8 frame is show_frame (RFC 6386, 9.1).
+    hidden = codec == "vp8" and packet.size > 0 and not bytes(packet)[0] & 0x10
+    return packet.size > 0 and not packet.is_discard and not hidden
+
+
+def _proven_frames(video: OpenVideo, packets: Iterator[Packet], start_pts: int | None) -> Iterator[av.VideoFrame]:
+    """The frames of all shown packets, in order; with `start_pts`, those from there on.
+
+    Raises:
+        NotExactError: a frame belongs to no packet, or decoding cannot begin at `start_pts`.
+        DecodeError: `lost_frame`, a packet gives no frame.
+    """
+    due: list[int] = []
+    codec, began = codec_of(video), start_pts is None
+    last: av.VideoFrame | None = None
+    for packet in packets:
+        if is_shown(packet, codec):
+            if packet.pts is None:
+                raise NotExactError
+            if start_pts is None or packet.pts >= start_pts:
+                heapq.heappush(due, packet.pts)
+        for frame in packet.decode() if began else _first_frames(packet):
+            if start_pts is not None and frame.pts is not None and frame.pts < start_pts:
+                continue
+            if not due or frame.pts is None:
+                raise NotExactError
+            if (pts := heapq.heappop(due)) != frame.pts:
+                raise _missing(video, pts, last)
+            began, last = True, frame
+            yield frame
+    if due:
+        raise _missing(video, due[0], last)
+
+
+def _missing(video: OpenVideo, pts: int, last: av.VideoFrame | None) -> Exception:
+    """Why there is no frame for a packet: damage, where a packet in mid-stream cannot be anything but one frame."""
+    whole_frames = codec_of(video) in _FRAME_PER_PACKET and video.stream.codec_context.field_order in _PROGRESSIVE
+    if whole_frames and last is not None and not last.interlaced_frame:
+        return damage(
+            video.source, "lost_frame", f"the packet at {float(pts * video.tick_seconds):.3f} s gave no frame"
+        )
+    return NotExactError()
+
+
+def _first_frames(packet: Packet) -> list[av.VideoFrame]:
+    """A packet's frames; damage before the first frame after a jump may be the jump's fault."""
+    try:
+        frames = packet.decode()
+    except MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise NotExactError from error
+    if any(frame.is_corrupt for frame in frames):
+        raise NotExactError
+    return frames
+
+
+def _leading(video: OpenVideo, key: Packet, packets: Iterator[Packet]) -> tuple[list[Packet], int]:
+    """The key packet and those read ahead to see all its leading ones, and how many these are."""
+    ahead, num_leading, num_later, codec = [key], 0, 0, codec_of(video)
+    while num_later < _MAX_REORDERED:
+        packet = next(packets, None)
+        if packet is None:
+            break
+        ahead.append(packet)
+        if is_shown(packet, codec):
+            if packet.pts is None or key.pts is None:
+                raise NotExactError
+            num_leading += packet.pts < key.pts
+            num_later += packet.pts > key.pts
+    return ahead, num_leading
+
+
+def _indexed_keys(video: OpenVideo) -> list[KeyFrame]:
+    """The key frames that an mp4's header names, by decoding time."""
+    keys: list[KeyFrame] = []
+    num_shown, before = 0, None
+    for entry in video.stream.index_entries:
+        time = entry.timestamp
+        if before is not None and time <= before:
+            raise NotExactError
+        before = time
+        if not entry.is_discard:
+            if entry.is_keyframe:
+                keys.append(KeyFrame(time, num_shown))
+            num_shown += 1
+    return keys
+
+
+def _keys_of_packets(video: OpenVideo, is_beyond: Callable[[int, int], bool]) -> list[KeyFrame]:
+    """The clean key frames among the packets up to the last wanted one, by presentation time."""
+    codec, length_size = codec_of(video), _length_size(video)
+    keys: list[KeyFrame] = []
+    num_shown = num_beyond = 0
+    key_time: int | None = None
+    for packet in video.container.demux(video.stream):
+        if not is_shown(packet, codec):
+            continue
+        time = packet.pts
+        if time is None or (packet.is_keyframe and key_time is not None and time <= key_time):
+            raise NotExactError
+        if packet.is_keyframe:
+            key_time = time
+            if is_clean_start(codec, bytes(packet), length_size):
+                keys.append(KeyFrame(time, num_shown))
+        elif keys and keys[-1].time == key_time and time < keys[-1].time:
+            keys[-1] = KeyFrame(time=keys[-1].time, frames_before=keys[-1].frames_before + 1)
+        num_shown += 1
+        num_beyond += is_beyond(num_shown, time)
+        if num_beyond > 2 * _MAX_REORDERED:
+            break
+    return keys
