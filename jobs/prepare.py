@@ -102,7 +102,15 @@ def _forget_stale(storage: Storage, shards: Sequence[ShardRef]) -> None:
 
 
 def make_recipe(flags: RecipeFlags, card: EncoderCard) -> Recipe:
-    """The recipe that these flags and this encoder ask for."""
+    """The recipe that these flags and this encoder ask for.
+
+    Raises:
+        UsageError: choices that cannot be, or a decoder that is not installed here.
+    """
+    if flags.decoder == "torchcodec":
+        from pipeline.decode.torchcodec_backend import video_decoder_class
+
+        video_decoder_class()
     return Recipe(card, flags.sampling, flags.buckets, flags.filters, flags.encode, flags.decoder, flags.caption_field)
 
 
