@@ -26,6 +26,8 @@ from pipeline.price import format_bytes
 from pipeline.storage import Storage
 from pipeline.store import library_versions
 
+_PATIENCE_SECONDS = 60.0
+
 
 class Reporter:
     """Prints a line every `progress_seconds`, and writes the run log."""
@@ -38,6 +40,7 @@ class Reporter:
         self._start = dt.datetime.now(dt.UTC)
         self._started = self._printed = time.monotonic()
         self._first_unit_seconds: float | None = None
+        self._ready = False
         self._name = f"runs/{self._start:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}.json"
 
     def tick(self, events: Sequence[Event]) -> None:
@@ -45,11 +48,15 @@ class Reporter:
         now, progress = time.monotonic(), self._controller.progress
         for event in events:
             if isinstance(event, WorkerReady):
+                self._ready = True
                 _say(f"worker {event.worker} is ready after {format_seconds(now - self._started)}")
             elif isinstance(event, WorkerLost):
                 _say(f"worker {event.worker} died, another takes its units: {event.cause}")
         if self._first_unit_seconds is None and progress.units:
             self._first_unit_seconds = now - self._started
+        if not self._ready and now - self._printed >= _PATIENCE_SECONDS:
+            self._printed = now
+            _say("no worker is ready yet: does the cluster have the CPUs and GPUs for one? (`ray status`)")
         if now - self._printed >= self._flags.progress_seconds and progress.units:
             self._printed = now
             _say(self._line(progress, now - self._started))

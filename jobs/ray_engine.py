@@ -144,6 +144,8 @@ class _RayDecode:
                 outcomes: tuple[DecodeOutcome, ...] = ray.get(reference)
             except _INFRASTRUCTURE:
                 reference = self._start(request)
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, LatentmillError) else error from None
             else:
                 return outcomes
         raise UnitError(f"decoding {request.source.key} was lost {_LOST_TRIES} times with nodes of the cluster")
