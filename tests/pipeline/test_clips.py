@@ -98,7 +98,8 @@ def test_videos_that_all_fail_end_the_search(fragments: list[IndexFragment]) -> 
 
 
 def test_one_good_video_is_enough(fragments: list[IndexFragment]) -> None:
-    take(clips(fragments, FakeDecoders(bad=["a", "b", "c", "d"])), 5)
+    batches = take(clips(fragments, FakeDecoders(bad=["a", "b", "c", "d"])), 5)
+    assert batches.shape == (5, 3, 9, 32, 32, 3)
 
 
 def test_no_video_long_enough_is_an_error(fragments: list[IndexFragment]) -> None:

@@ -189,7 +189,9 @@ def test_the_failed_share_is_judged_from_enough_clips_on() -> None:
 
 
 def test_nothing_encoded_is_no_failure() -> None:
-    Controller([], Policy(max_failed_share=0.0)).judge()
+    controller = Controller([], Policy(max_failed_share=0.0))
+    controller.judge()
+    assert controller.finished()
 
 
 def test_progress_adds_up() -> None:

@@ -89,6 +89,7 @@ def test_every_field_is_in_the_fingerprint_and_named_when_it_differs(path: tuple
 
 def test_the_same_recipe_is_no_mismatch() -> None:
     require_same(to_tree(fake_recipe()), to_tree(fake_recipe()), "/the/store")
+    assert not list(differences(to_tree(fake_recipe()), to_tree(fake_recipe())))
 
 
 def test_the_fingerprint_is_the_same_in_another_process() -> None:
