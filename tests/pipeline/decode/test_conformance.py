@@ -33,6 +33,17 @@ def torchcodec_or_skip():
         pytest.skip(f"NOT TESTED: {error}")
 
 
+def is_same(name, expected, found):
+    """Whether an answer is the table's.
+
+    x264 writes other bytes from run to run, so what a scar hits, and whether FFmpeg conceals it, changes: there the
+    table shows one run, and the test asks for an answer that is no crash.
+    """
+    if name.endswith("bytes replaced at 12 places") and expected and found:
+        return (found[0] == "crash") <= (expected[0] == "crash")
+    return expected == found
+
+
 def check_table(backend, folder):
     table = checked_in_table()
     expected = {
@@ -41,7 +52,7 @@ def check_table(backend, folder):
         if backend in row.answers
     }
     found = {name: (answer.verdict, answer.question) for name, answer in ask_all(backend, folder)}
-    changed = [name for name in expected | found if expected.get(name) != found.get(name)]
+    changed = [name for name in expected | found if not is_same(name, expected.get(name), found.get(name))]
     lines = "\n".join(f"{name}: {expected.get(name)} -> {found.get(name)}" for name in changed)
     assert not changed, f"run `{COMMAND}` and read its diff; {backend}, table of {dict(table.versions)}:\n{lines}"
 
