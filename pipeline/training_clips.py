@@ -1,0 +1,123 @@
+"""Clips for training, from the same index, sizes and decoders that encode uses.
+
+In:   a ClipOrder (pipeline.epoch), decoders, this rank and the number of ranks, a LoaderState to go on from.
+Out:  ClipBatch after ClipBatch without end: this rank's part of each global batch, uint8 B T H W 3.
+Cost: decoding; at most `ahead_batches` and `ahead_bytes` decoded or asked for ahead of the trainer; always one batch.
+Errors: FailureLimitError when no clip of a whole global batch can be decoded; UnitError and ShardError from decoding
+        itself; UsageError for a batch size that the ranks do not divide.
+
+A video that cannot be decoded costs its clip and no more: the next clip of the global batch that can be decoded stands
+in for it. Which one that is depends on the videos alone, so neither ranks, timing nor a restart change a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Filter, Fit
+from pipeline.decode_requests import Decoders, PendingDecode
+from pipeline.epoch import ClipOrder, Draw, GlobalBatch, LoaderState
+from pipeline.errors import DecodeError, FailureLimitError, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipBatch:
+    """One rank's part of a global batch.
+
+    frames: uint8, B T H W 3. draws: what was drawn, in order; a failed one is shown by another clip in its place.
+    state: what the batch after this one follows from. failed: reasons of this rank's failed draws.
+    """
+
+    step: int
+    frames: np.ndarray
+    draws: tuple[Draw, ...]
+    state: LoaderState
+    failed: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ahead:
+    """A batch whose decoding has begun."""
+
+    batch: GlobalBatch
+    state: LoaderState
+    pending: tuple[PendingDecode, ...]
+    num_bytes: int
+
+
+@dataclasses.dataclass
+class TrainingClips:
+    """The batches of one rank, from a state on. `failed` counts this rank's failed draws by reason."""
+
+    order: ClipOrder
+    decoders: Decoders
+    rank: int = 0
+    num_ranks: int = 1
+    state: LoaderState = LoaderState()
+    fit: Fit = "crop"
+    filter: Filter = "area"
+    ahead_batches: int = 4
+    ahead_bytes: int = 512 << 20
+    failed: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        if self.order.config.batch_size % self.num_ranks:
+            raise UsageError(
+                f"batch_size {self.order.config.batch_size} must be a multiple of the {self.num_ranks} ranks"
+            )
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        """Batches in order; `state` follows what was handed out, not what was decoded ahead."""
+        ahead: deque[_Ahead] = deque()
+        for batch, state in self.order.batches(self.state):
+            ahead.append(self._start(batch, state))
+            # The oldest goes out once the newest is too much beside it.
+            while len(ahead) > self.ahead_batches or sum(item.num_bytes for item in ahead) > self.ahead_bytes:
+                yield self._finish(ahead.popleft())
+
+    def _start(self, batch: GlobalBatch, state: LoaderState) -> _Ahead:
+        requests = [self._request(draw) for draw in self._mine(batch)]
+        pending = tuple(self.decoders.submit(request) for request in requests)
+        return _Ahead(batch, state, pending, sum(request.decoded_bytes for request in requests))
+
+    def _mine(self, batch: GlobalBatch) -> tuple[Draw, ...]:
+        share = len(batch.draws) // self.num_ranks
+        return batch.draws[self.rank * share : (self.rank + 1) * share]
+
+    def _finish(self, item: _Ahead) -> ClipBatch:
+        draws, failed = self._mine(item.batch), []
+        frames = np.empty((len(draws), *_shape(item.batch)), np.uint8)
+        for place, pending in enumerate(item.pending):
+            (outcome,) = pending.result()
+            if isinstance(outcome, DecodeError):
+                failed.append(outcome.reason)
+                outcome = self._stand_in(item.batch, self.rank * len(draws) + place)
+            frames[place] = outcome.frames
+        self.failed.update(failed)
+        self.state = item.state
+        return ClipBatch(item.batch.step, frames, draws, item.state, tuple(failed))
+
+    def _stand_in(self, batch: GlobalBatch, place: int) -> DecodedClip:
+        """The next clip of the global batch after that place, around its end, that can be decoded."""
+        for draw in (*batch.draws[place + 1 :], *batch.draws[:place]):
+            (outcome,) = self.decoders.submit(self._request(draw)).result()
+            if isinstance(outcome, DecodedClip):
+                return outcome
+        keys = ", ".join(draw.source.key for draw in batch.draws[:4])
+        raise FailureLimitError(
+            f"none of the {len(batch.draws)} clips of training step {batch.step} can be decoded ({keys} ...): "
+            "`latentmill index` and `latentmill encode` name the reasons"
+        )
+
+    def _request(self, draw: Draw) -> DecodeRequest:
+        shape = ClipShape(draw.bucket.height, draw.bucket.width, self.fit, self.filter)
+        return DecodeRequest(draw.source, self.order.config.grid, (draw.window,), shape)
+
+
+def _shape(batch: GlobalBatch) -> tuple[int, int, int, int]:
+    bucket = batch.bucket
+    return bucket.num_frames, bucket.height, bucket.width, 3

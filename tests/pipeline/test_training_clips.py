@@ -1,0 +1,174 @@
+"""Training clips: the same global batches over any ranks, latency and restart; a bad video costs its clip alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.buckets import BucketConfig
+from pipeline.decode.limits import DecodeLimits
+from pipeline.decode.pool import ProcessPool
+from pipeline.decode.records import ClipShape, DecodeRequest
+from pipeline.epoch import ClipOrder, DrawConfig, LoaderState
+from pipeline.errors import FailureLimitError, UnitError, UsageError
+from pipeline.index import IndexFragment, list_fragments, read_fragment
+from pipeline.storage import LocalStorage
+from pipeline.training_clips import ClipBatch, TrainingClips
+from tests.fakes import FakeDecoders, fake_frames, index, planned_store, write_numbered_shards
+
+VIDEOS = ({"a": 30, "b": 9, "c": 50}, {"d": 31, "e": 12, "f": 25, "g": 9}, {"h": 9, "i": 44})
+SHAPE = ClipShape(32, 32)
+BATCH_SIZE = 12
+
+
+@pytest.fixture
+def fragments(tmp_path: Path) -> list[IndexFragment]:
+    storage, _ = planned_store(tmp_path, VIDEOS)
+    return [read_fragment(storage, shard_id) for shard_id in list_fragments(storage)]
+
+
+def order(fragments: list[IndexFragment], **fields: Any) -> ClipOrder:
+    config = DrawConfig(**{"frames": (5, 9), "batch_size": BATCH_SIZE, "shuffle_shards": 2, **fields})
+    return ClipOrder(config, BucketConfig(sizes=("32x32",)), 8, len(fragments), fragments.__getitem__)
+
+
+def take(clips: TrainingClips, count: int) -> list[ClipBatch]:
+    return list(islice(iter(clips), count))
+
+
+def global_batches(fragments: list[IndexFragment], num_ranks: int, count: int, **fields: Any) -> list[np.ndarray]:
+    """Every rank by itself, put together again."""
+    ranks = [
+        take(TrainingClips(order(fragments), FakeDecoders(**fields), rank, num_ranks), count)
+        for rank in range(num_ranks)
+    ]
+    return [np.concatenate([rank[step].frames for rank in ranks]) for step in range(count)]
+
+
+def test_clips_are_the_frames_that_were_drawn(fragments: list[IndexFragment]) -> None:
+    for batch in take(TrainingClips(order(fragments), FakeDecoders()), 6):
+        assert batch.frames.dtype == np.uint8
+        wanted = [fake_frames(draw.source.key, draw.window, SHAPE) for draw in batch.draws]
+        np.testing.assert_array_equal(batch.frames, np.stack(wanted))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_ranks_share_what_one_rank_sees(fragments: list[IndexFragment], num_ranks: int) -> None:
+    alone, shared = global_batches(fragments, 1, 8), global_batches(fragments, num_ranks, 8)
+    for one, many in zip(alone, shared, strict=True):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_latency_changes_nothing(fragments: list[IndexFragment]) -> None:
+    plain = global_batches(fragments, 1, 6)
+    for seed in range(3):
+        for one, other in zip(plain, global_batches(fragments, 1, 6, seconds=0.004, seed=seed), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_every_restart_gives_the_batches_that_would_have_followed_also_on_other_ranks(
+    fragments: list[IndexFragment],
+) -> None:
+    """2 ranks, then 1, then 4, each from the state that the ones before left."""
+    undisturbed = [batch.frames for batch in take(TrainingClips(order(fragments), FakeDecoders()), 9)]
+    state, found = LoaderState(), []
+    for num_ranks in (2, 1, 4):
+        clips = [TrainingClips(order(fragments), FakeDecoders(), rank, num_ranks, state) for rank in range(num_ranks)]
+        batches = [take(rank, 3) for rank in clips]
+        found += [np.concatenate([rank[step].frames for rank in batches]) for step in range(3)]
+        assert len({rank.state for rank in clips}) == 1
+        state = clips[0].state
+    for one, other in zip(undisturbed, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_state_is_that_of_the_last_batch_handed_out(fragments: list[IndexFragment]) -> None:
+    clips = TrainingClips(order(fragments), FakeDecoders())
+    for step, batch in enumerate(islice(iter(clips), 7), start=1):
+        assert batch.step == clips.state.step == step
+        assert clips.state == batch.state
+
+
+def test_another_clip_of_the_global_batch_stands_in_for_a_bad_video(fragments: list[IndexFragment]) -> None:
+    bad = ["a", "h"]
+    whole = take(TrainingClips(order(fragments), FakeDecoders(bad=bad)), 6)
+    assert any(batch.failed for batch in whole)
+    for batch in whole:
+        drawn = [fake_frames(draw.source.key, draw.window, SHAPE) for draw in batch.draws]
+        assert len(batch.failed) == sum(draw.source.key in bad for draw in batch.draws)
+        for place, draw in enumerate(batch.draws):
+            after = [*range(place, BATCH_SIZE), *range(place)]
+            stand_in = next(other for other in after if batch.draws[other].source.key not in bad)
+            assert stand_in == place or draw.source.key in bad
+            np.testing.assert_array_equal(batch.frames[place], drawn[stand_in])
+    for one, many in zip(whole, global_batches(fragments, 3, 6, bad=bad), strict=True):
+        np.testing.assert_array_equal(one.frames, many)
+
+
+def test_failures_are_counted_by_reason(fragments: list[IndexFragment]) -> None:
+    clips = TrainingClips(order(fragments), FakeDecoders(bad=["a", "h"]))
+    batches = take(clips, 8)
+    assert clips.failed == Counter(reason for batch in batches for reason in batch.failed)
+    assert set(clips.failed) == {"bad_media"}
+
+
+def test_a_batch_without_one_good_clip_stops_training(fragments: list[IndexFragment]) -> None:
+    with pytest.raises(FailureLimitError, match=f"none of the {BATCH_SIZE} clips of training step 1"):
+        take(TrainingClips(order(fragments), FakeDecoders(bad="abcdefghi")), 1)
+
+
+def test_a_broken_decoder_is_not_a_bad_video(fragments: list[IndexFragment]) -> None:
+    with pytest.raises(UnitError, match="no process"):
+        take(
+            TrainingClips(order(fragments), FakeDecoders(errors=dict.fromkeys("abcdefghi", UnitError("no process")))), 1
+        )
+
+
+def test_ranks_must_divide_the_batch(fragments: list[IndexFragment]) -> None:
+    with pytest.raises(UsageError, match="batch_size 12 must be a multiple of the 5 ranks"):
+        TrainingClips(order(fragments), FakeDecoders(), 0, 5)
+
+
+@pytest.mark.parametrize(("limits", "most"), [({"ahead_batches": 2}, 3), ({"ahead_bytes": 1}, 1)])
+def test_what_is_decoded_ahead_is_bounded(fragments: list[IndexFragment], limits: dict[str, int], most: int) -> None:
+    class Counting(FakeDecoders):
+        taken = ahead = 0
+
+        def submit(self, request: DecodeRequest) -> Any:
+            future, counting = super().submit(request), self
+            counting.ahead = max(counting.ahead, len(self.requests) - self.taken)
+
+            class Pending:
+                def result(self) -> Any:
+                    counting.taken += 1
+                    return future.result()
+
+            return Pending()
+
+    decoders = Counting()
+    take(TrainingClips(order(fragments), decoders, **limits), 10)  # type: ignore[arg-type]
+    assert decoders.ahead == most * BATCH_SIZE
+
+
+def test_real_shards_over_ranks_and_decode_processes(tmp_path: Path) -> None:
+    """Keys over 1, 2 and 3 ranks, with one and two decode processes: every video once, a broken one counted."""
+    paths = write_numbered_shards(tmp_path / "shards", 2, 3, broken={"broken": b"no video" * 100})
+    storage = LocalStorage(tmp_path / "index")
+    fragments = [read_fragment(storage, shard.shard_id) for shard in index(storage, paths)]
+    expected = None
+    for num_ranks in (1, 2, 3):
+        for num_processes in (1, 2):
+            with ProcessPool(num_processes, DecodeLimits()) as pool:
+                clips = order(fragments, frames=(9,), batch_size=6)
+                ranks = [take(TrainingClips(clips, pool, rank, num_ranks), 2) for rank in range(num_ranks)]
+            for step in range(2):  # an epoch is one batch
+                keys = [draw.source.key for rank in ranks for draw in rank[step].draws]
+                assert sorted(keys) == [f"{shard:02d}_{video:03d}" for shard in range(2) for video in range(3)]
+            frames = np.concatenate([batch.frames for rank in ranks for batch in rank[:1]])
+            expected = frames if expected is None else expected
+            np.testing.assert_array_equal(frames, expected)
