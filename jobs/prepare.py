@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jobs.config import ClusterFlags, DecodeFlags, Index, PlanCommand, RecipeFlags
+from jobs.rehearsal import RehearsalEncoder, describe_rehearsal, is_rehearsal
 from models.spec import EncoderCard, VideoEncoder
 from pipeline import ledger, store
 from pipeline.decode.limits import DecodeLimits
@@ -120,6 +121,8 @@ def describe_encoder(flags: RecipeFlags) -> tuple[EncoderCard, str]:
 
     if flags.encoder is None:
         raise UsageError("--encoder is needed: the directory of a trained model, or a hub id of a diffusers model")
+    if is_rehearsal(flags.encoder):
+        return describe_rehearsal(flags.encoder), flags.encoder
     source = str(Path(flags.encoder).absolute()) if Path(flags.encoder).is_dir() else flags.encoder
     try:
         return describe(source), source
@@ -135,6 +138,8 @@ def open_encoder(source: str, device: str = "cpu", compute_dtype: str = "float32
     """
     from models.encoders import load_encoder
 
+    if is_rehearsal(source):
+        return RehearsalEncoder(source)
     try:
         return load_encoder(source, device=device, compute_dtype=compute_dtype)
     except ValueError as error:
