@@ -23,9 +23,13 @@ _RUNNERS: dict[type[config.ConfigFile], tuple[str, str]] = {
     config.Status: ("jobs.inspect_store", "run_status"),
     config.Verify: ("jobs.inspect_store", "run_verify"),
     config.Reconstruct: ("jobs.inspect_store", "run_reconstruct"),
+    config.Sample: ("jobs.generate", "run_sample"),
+    config.Interpolate: ("jobs.generate", "run_interpolate"),
     config.Train: ("jobs.train", "run_train"),
+    config.TrainPrior: ("jobs.train_prior", "run_train_prior"),
     config.Synthesize: ("jobs.synthesize", "run_synthesize"),
     config.BenchDecode: ("jobs.bench_decode", "run_bench_decode"),
+    config.BenchModel: ("jobs.bench_model", "run_bench_model"),
 }
 
 

@@ -3,10 +3,11 @@
 In:   codecs, sizes, lengths; a directory for the result.
 Out:  decode_<hardware>_<date>.md and .json: frames per second and core, peak memory, long videos, hand-over, goals.
 Cost: some minutes; videos are made in a directory for temporary files and kept there for the next run.
-Errors: UsageError when the output is no directory. A method that cannot decode a row says so in its cell.
+Errors: UsageError when the output is no directory, or a codec is not known. A method that cannot decode a row says so
+    in its cell.
 
-Every method has a process of its own per row. Within a row the methods take turns, and medians are reported, so that
-what else the machine does at a time meets all of them.
+Every method has a process of its own per row. Within a row the methods take turns, in an order that rotates, so that
+what else the machine does at a time meets all of them; ratios are taken within a round, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 from jobs.bench_decode_child import request_of
 from jobs.bench_decode_report import to_markdown
-from jobs.bench_videos import FPS, long_video, texture_video
+from jobs.bench_videos import ENCODERS, FPS, long_video, texture_video
 from jobs.config import BenchDecode
 from pipeline.decode.backend import decode_windows
 from pipeline.decode.limits import DecodeLimits
@@ -38,6 +39,7 @@ BACK_ENDS = ("pyav", "decord", "torchcodec")
 LOOPS = ("loop: decord get_batch", "loop: PyAV all, torch resize")
 _LIBRARIES = ("av", "decord", "torchcodec", "torch", "numpy")
 _WINDOW_FRAMES = 16
+_SAMPLE_SECONDS = 0.2  # a sample repeats what is shorter: a single decode of 20 ms says little
 
 Windows = list[tuple[int, int]]
 Json = dict[str, Any]
@@ -47,6 +49,8 @@ def run_bench_decode(command: BenchDecode) -> int:
     """Measure, write, print. Returns the exit code."""
     if not command.output.is_dir():
         raise UsageError(f"--output {command.output} is no directory: make it first")
+    if unknown := [codec for codec in command.codecs if codec not in ENCODERS]:
+        raise UsageError(f"--codecs {' '.join(unknown)}: there is {' '.join(ENCODERS)}")
     videos = Path(tempfile.gettempdir()) / "latentmill-bench"
     videos.mkdir(exist_ok=True)
     result = {
@@ -74,14 +78,15 @@ def _about(command: BenchDecode) -> Json:
     return {
         "command": "latentmill bench decode " + " ".join(sys.argv[3:]),
         "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
-        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
         "versions": versions,
         "repetitions": command.repetitions,
         "frames": command.frames,
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What /proc/cpuinfo calls this processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
@@ -98,7 +103,8 @@ def _cases(command: BenchDecode) -> Iterator[tuple[str, int, str, Windows]]:
 
 def _row(command: BenchDecode, videos: Path, codec: str, height: int, wanted: str, windows: Windows) -> Json:
     path = texture_video(videos, codec, height, command.frames)
-    cells = measured(("auto", *BACK_ENDS, *LOOPS), path, windows, command.side, command.repetitions)
+    methods = ("auto", *BACK_ENDS, *LOOPS)
+    cells = measured(methods, path, windows, command.side, command.repetitions, sample_seconds=_SAMPLE_SECONDS)
     print(f"{codec} {height}p {wanted}: " + _progress(cells), file=sys.stderr)
     return {"codec": codec, "height": height, "wanted": wanted, "cells": cells}
 
@@ -108,26 +114,39 @@ def _progress(cells: dict[str, Json]) -> str:
 
 
 def measured(
-    methods: Sequence[str], path: Path, windows: Windows, side: int, repetitions: int, *, warm_up: int = 1
+    methods: Sequence[str],
+    path: Path,
+    windows: Windows,
+    side: int,
+    repetitions: int,
+    *,
+    warm_up: int = 1,
+    sample_seconds: float = 0.0,
 ) -> dict[str, Json]:
-    """Each method's medians over rounds in which the methods take turns, after `warm_up` rounds that do not count."""
+    """Each method's medians over rounds, and its CPU seconds in each; `warm_up` rounds do not count."""
+    question = {"path": str(path), "windows": windows, "side": side, "least_seconds": sample_seconds}
     with contextlib.ExitStack() as stack:
         children = {method: stack.enter_context(_child()) for method in methods}
         rounds = [
-            {
-                method: ask({"method": method, "path": str(path), "windows": windows, "side": side})
-                for method, ask in children.items()
-            }
-            for _ in range(warm_up + repetitions)
+            {method: children[method]({"method": method} | question) for method in rotated(methods, number)}
+            for number in range(warm_up + repetitions)
         ]
-    return {method: _median([turn[method] for turn in rounds[warm_up:]]) for method in methods}
+    return {method: _summary([turn[method] for turn in rounds[warm_up:]]) for method in methods}
 
 
-def _median(samples: Sequence[Json]) -> Json:
+def rotated(methods: Sequence[str], number: int) -> Sequence[str]:
+    """The order of a round: each method comes first once in a while, and follows each of its neighbours."""
+    first = number % len(methods)
+    order = [*methods[first:], *methods[:first]]
+    return order if number // len(methods) % 2 == 0 else order[::-1]
+
+
+def _summary(samples: Sequence[Json]) -> Json:
     failed = next((sample for sample in samples if "error" in sample), None)
     if failed is not None:
         return failed
-    return {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
+    medians = {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
+    return medians | {"rounds": [sample["cpu_seconds"] for sample in samples]}
 
 
 @contextlib.contextmanager
@@ -186,13 +205,16 @@ def _handover(command: BenchDecode, videos: Path, height: int) -> Json:
     path = texture_video(videos, "h264", height, command.frames)
     request = request_of(str(path), [(0, 17), (20, 17), (40, 17)], 256)
     limits = DecodeLimits()
-    here: list[float] = []
-    there: list[float] = []
+    rounds: dict[str, list[float]] = {"in_process": [], "decode_process": []}
     with DecodeProcess(limits) as process:
-        for _ in range(8 * command.repetitions + 2):
-            here.append(_seconds(lambda: decode_windows(request, limits)))
-            there.append(_seconds(lambda: process.decode(request)))
-    return {"height": height, "in_process": statistics.median(here[2:]), "decode_process": statistics.median(there[2:])}
+        works = {
+            "in_process": lambda: decode_windows(request, limits),
+            "decode_process": lambda: process.decode(request),
+        }
+        for number in range(8 * command.repetitions + 2):
+            for name in rotated(tuple(works), number):
+                rounds[name].append(_seconds(works[name]))
+    return {"height": height} | {name: seconds[2:] for name, seconds in rounds.items()}
 
 
 def _seconds(work: Callable[[], object]) -> float:

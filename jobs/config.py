@@ -242,12 +242,14 @@ class Reconstruct(StoreFlags):
 
 @dataclasses.dataclass(frozen=True)
 class Train(ConfigFile):
-    """Train a tiny causal video VAE on tars, in minutes on a CPU."""
+    """Train a causal video autoencoder on tars; the tiny presets take minutes on a CPU."""
 
     shards: Shards = ()
     """Tars to train on: paths, globs, {000..012} braces, @lists."""
     output: Path = tyro.MISSING
     """Directory for the model; `latentmill encode --encoder` takes it as it is."""
+    kind: str = "vae"
+    """One of ae, denoising_ae, sparse_ae, contractive_ae, vae, vq_vae, vq_vae_2, vq_gan, rvq, fsq, lfq or dvae."""
     preset: str = "tiny-4x8x8x16"
     """Size and compression of the model."""
     seconds: float = 120.0
@@ -265,6 +267,91 @@ class Train(ConfigFile):
     threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     """CPU threads of the trainer."""
     engine: DecodeFlags = DecodeFlags()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(ConfigFile):
+    """Draw latents from a model's prior, decode them, and write the clips as a film strip and a video."""
+
+    encoder: str = tyro.MISSING
+    """Directory of a model that `train` made; of pretrained ones the prior is not known."""
+    output: Path = Path("samples")
+    """Directory for samples.mp4 and samples.png."""
+    prior: str | None = None
+    """gaussian (a KL model's own), aggregate (its latents' mean and std), uniform (over codes), or the directory that
+    `train prior` made; default: the first that the model has."""
+    num: int = 4
+    """How many clips."""
+    frames: int = 9
+    """Frames of a clip, on the model's grid."""
+    size: int = 64
+    """Height and width of a clip, in pixels."""
+    temperature: float = 1.0
+    """Below 1 draws what is likelier: scales a Gaussian's std, divides a learned prior's logits."""
+    top_k: int | None = None
+    """Draw among so many likeliest codes, of a learned prior only."""
+    fps: float = 8.0
+    """Frames per second of the video."""
+    seed: int = 0
+    """Another seed draws other clips."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num", "frames", "size", "temperature", "fps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpolate(StoreFlags):
+    """Decode what lies between two stored clips. In a model of codes, what lies between them is no code of its own."""
+
+    keys: Keys = ()
+    """Keys of two samples, written as for `reconstruct`; their clips must be of one bucket."""
+    output: Path = Path("interpolations")
+    """Directory for the video and the film strip."""
+    steps: int = 5
+    """How many clips, both ends included."""
+    path: Literal["line", "sphere"] = "line"
+    """From end to end along a line, or along a sphere around the normaliser's mean."""
+    window: int = 0
+    """Which of each sample's clips; 0 is the first."""
+    encoder: str | None = None
+    """Where the encoder lies now; default: where it lay when the store was made."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise UsageError(f"--steps counts both ends, so it is at least 2, got {self.steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPrior(StoreFlags):
+    """Learn how the codes of a store's latents go together, so that `sample` can draw new ones."""
+
+    output: Path = tyro.MISSING
+    """Directory for the prior; `latentmill sample --prior` takes it as it is."""
+    encoder: str | None = None
+    """Where the encoder lies now; default: where it lay when the store was made."""
+    seconds: float = 120.0
+    """How long to train."""
+    steps: int | None = None
+    """End after so many steps, when the time is not over before."""
+    batch_size: int = 8
+    """Clips per step."""
+    width: int = 128
+    """Channels of the transformer."""
+    depth: int = 4
+    """Blocks of the transformer."""
+    heads: int = 4
+    """Heads of its attention; they divide the width."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    seed: int = 0
+    """Seed of weights and order."""
+    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """CPU threads of the trainer."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "seconds", "batch_size", "threads")
+        if self.steps is not None:
+            _require_positive(self, "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +394,35 @@ class BenchDecode(ConfigFile):
     """Length of the video whose peak memory is compared with that of a minute."""
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchModel(ConfigFile):
+    """Measure what our presets and the released diffusers configs cost to encode with; writes Markdown and JSON."""
+
+    output: Path = Path()
+    """Directory for model_<hardware>_<date>.md and .json."""
+    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    """What to call this machine in the file's name."""
+    models: tuple[str, ...] = ()
+    """Presets and released configs to measure; default: all."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the models run; auto takes CUDA when there is one."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Types to compute in."""
+    compile: bool = True
+    """Measure torch.compile as well."""
+    frames: int = 17
+    """Frames of the clip; cut to each model's grid."""
+    size: int = 128
+    """Its height and width, in pixels; rounded up to each model's grid."""
+    repetitions: int = 3
+    """Medians are reported."""
+    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "frames", "size", "repetitions", "threads")
+
+
 COMMANDS: dict[str, type[ConfigFile]] = {
     "index": Index,
     "plan": PlanCommand,
@@ -314,7 +430,11 @@ COMMANDS: dict[str, type[ConfigFile]] = {
     "status": Status,
     "verify": Verify,
     "reconstruct": Reconstruct,
+    "sample": Sample,
+    "interpolate": Interpolate,
     "train": Train,
+    "train prior": TrainPrior,
     "synthesize": Synthesize,
     "bench decode": BenchDecode,
+    "bench model": BenchModel,
 }

@@ -14,13 +14,15 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from models.spec import EncoderCard, Geometry, GeometryError, Normaliser, Posterior
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
+
+    from models.chunks import StreamState
 
 PREFIX = "rehearsal:"
 _SOURCE = re.compile(r"rehearsal:([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)@(\d+(?:\.\d+)?)")
@@ -81,6 +83,10 @@ class RehearsalEncoder:
         seconds = B * T * H * W / 1e6 / self._megapixels_per_second
         time.sleep(max(0.0, seconds - (time.perf_counter() - began)))
         return Posterior(mean, None)
+
+    def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> NoReturn:
+        """Refused: it has no state to stream with."""
+        raise GeometryError(f"{self._card.name} takes whole clips")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         geometry = self._card.geometry

@@ -1,53 +1,79 @@
-"""The two operations that cross time, and the state by which both run on a clip in pieces.
+"""The operations that cross time, and the state by which they run on a clip in pieces.
 
 In:   features B C T H W, and a State when the clip comes in chunks.
 Out:  features; the State then holds each layer's last kernel - stride input frames, and nothing else.
 Cost: one concatenation per convolution; the state's size does not depend on the clip's length.
-Errors: none of their own; frame counts are checked where a clip enters (models.vae).
+Errors: none of their own; frame counts are checked where a clip enters (models.autoencoder).
 
-Every temporal layer is strictly causal. A clip's first frame is special: a convolution sees it repeated kernel - 1
-times to its left, a space-to-depth step repeats it stride - 1 times, so 1 + stride * k frames become 1 + k.
+A clip's first frame is special: it makes a latent frame alone, where every other latent frame has a group of frames.
+So a convolution sees the first frame repeated to its left, a space-to-depth step repeats it stride - 1 times, and
+1 + stride * k frames become 1 + k. What a convolution sees in time is its class:
+
+    CausalConv3d    its own frame and those before: keeps kernel - 1 frames
+    GroupedConv3d   also those after, to the end of its own group: keeps the one frame before the group
+    FrameConv3d     its own frame alone: keeps nothing
+
 A space-to-depth or depth-to-space step has kernel = stride and so keeps no frame.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from models.config import TemporalMode
+
 State = dict[str, Tensor]
-"""Layer name -> its last kernel - stride input frames. Empty before a clip's first chunk; owned by the caller."""
+"""Layer name -> the input frames that it needs next. Empty before a clip's first chunk; owned by the caller."""
+
+KERNEL_SIZE = 3
 
 
-class CausalConv3d(nn.Module):
-    """A 3-D convolution, same size out as in, whose output at frame t sees frames t - kernel + 1 to t."""
+class TemporalConv3d(nn.Module):
+    """A 3-D convolution, same size out as in; subclasses say what it sees in time.
 
-    def __init__(self, channels_in: int, channels_out: int, kernel_size: int = 3) -> None:
+    Attributes:
+        state_key: the layer's path in its model, given by `name_states`.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel_frames: int, own_tap: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(channels_in, channels_out, kernel_size, padding=(0, kernel_size // 2, kernel_size // 2))
-        self.past_frames = kernel_size - 1
-        self._start_isometric()
-        self.state_key = ""  # the layer's path in its model, given by name_states
+        kernel_size = (kernel_frames, KERNEL_SIZE, KERNEL_SIZE)
+        self.conv = nn.Conv3d(channels_in, channels_out, kernel_size, padding=(0, KERNEL_SIZE // 2, KERNEL_SIZE // 2))
+        self.state_key = ""
+        self._start_isometric(own_tap)
 
-    def _start_isometric(self) -> None:
+    def _start_isometric(self, own_tap: int) -> None:
         """Start as an orthogonal map of each position (delta-orthogonal, Xiao et al., arXiv:1806.05393).
 
         Neighbouring pixels are so alike that filters drawn at random would mostly blur; detail then trains slowly.
         """
         assert self.conv.bias is not None
-        centre = self.conv.kernel_size[1] // 2
+        centre = KERNEL_SIZE // 2
         with torch.no_grad():
             nn.init.zeros_(self.conv.weight)
             nn.init.zeros_(self.conv.bias)
-            nn.init.orthogonal_(self.conv.weight[:, :, -1, centre, centre])
+            nn.init.orthogonal_(self.conv.weight[:, :, own_tap, centre, centre])
+
+
+class CausalConv3d(TemporalConv3d):
+    """Frame t sees frames t - 2 to t."""
+
+    past_frames = KERNEL_SIZE - 1
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, KERNEL_SIZE, own_tap=-1)
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         """Convolve one chunk; `state` is read and updated in place, None stands for a whole clip at once."""
-        if starts_clip(self, state):
+        past = _past(self, state)
+        if past is None:
             past = x[:, :, :1].expand(-1, -1, self.past_frames, -1, -1)
-        else:
-            assert state is not None
-            past = state[self.state_key]
         x = torch.cat([past, x], dim=2)
         if state is not None:
             # A clone, since a view would keep the whole chunk alive.
@@ -56,15 +82,78 @@ class CausalConv3d(nn.Module):
         return output
 
 
-def starts_clip(conv: CausalConv3d, state: State | None) -> bool:
-    """Whether this chunk is the clip's first, as far as that layer has seen."""
+class GroupedConv3d(TemporalConv3d):
+    """Frame t sees frames t - 1 to t + 1, but its group's last frame sees itself in the place of the next one.
+
+    A group is the `group_frames` frames of one latent frame; the leading frame is a group of its own. Chunk-causal
+    convolution as in DC-VideoGen (Chen et al., arXiv:2509.25182), here with the past across groups.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, group_frames: int) -> None:
+        super().__init__(channels_in, channels_out, KERNEL_SIZE, own_tap=KERNEL_SIZE // 2)
+        self.group_frames = group_frames
+
+    def forward(self, x: Tensor, state: State | None) -> Tensor:
+        """Convolve a chunk of whole groups; `state` is read and updated in place, None stands for a whole clip."""
+        past = _past(self, state)
+        if state is not None:
+            state[self.state_key] = x[:, :, -1:].clone()
+        outputs = []
+        if past is None:
+            past, x = x[:, :, :1], x[:, :, 1:]
+            outputs.append(self.conv(past.expand(-1, -1, KERNEL_SIZE, -1, -1)))
+        if x.shape[2]:
+            outputs.append(self._convolve_groups(past, x))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _convolve_groups(self, past: Tensor, x: Tensor) -> Tensor:
+        """All groups at once, folded into the batch: with channels innermost, that needs no copy."""
+        groups = torch.unflatten(x.movedim(1, -1), 1, (-1, self.group_frames))
+        last = groups[:, :, -1:]
+        before = torch.cat([past.movedim(1, -1).unsqueeze(1), last[:, :-1]], dim=1)
+        padded = torch.cat([before, groups, last], dim=2)
+        output: Tensor = self.conv(padded.flatten(0, 1).movedim(-1, 1))
+        return torch.unflatten(output.movedim(1, -1), 0, (x.shape[0], -1)).flatten(1, 2).movedim(-1, 1)
+
+
+class FrameConv3d(TemporalConv3d):
+    """Frame t sees frame t."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 1, own_tap=0)
+
+    def forward(self, x: Tensor, state: State | None) -> Tensor:
+        """Convolve each frame alone."""
+        output: Tensor = self.conv(x)
+        return output
+
+
+ConvFactory = Callable[[int, int], TemporalConv3d]
+"""(channels in, channels out) -> a convolution."""
+
+
+def convolution(mode: TemporalMode, group_frames: int) -> ConvFactory:
+    """The convolution of a level at which a latent frame's group has that many frames."""
+    if mode == "frame":
+        return FrameConv3d
+    if mode == "chunk_causal" and group_frames > 1:
+        return functools.partial(GroupedConv3d, group_frames=group_frames)
+    return CausalConv3d
+
+
+def starts_clip(conv: TemporalConv3d, state: State | None) -> bool:
+    """Whether this chunk is the clip's first, as far as that layer knows: a FrameConv3d never knows of another."""
     return state is None or conv.state_key not in state
 
 
+def _past(conv: TemporalConv3d, state: State | None) -> Tensor | None:
+    return None if state is None else state.get(conv.state_key)
+
+
 def name_states(model: nn.Module) -> None:
-    """Give every causal convolution of a model its path in the model as the key of its state."""
+    """Give every convolution of a model its path in the model as the key of its state."""
     for name, module in model.named_modules():
-        if isinstance(module, CausalConv3d):
+        if isinstance(module, TemporalConv3d):
             module.state_key = name
 
 

@@ -1,6 +1,6 @@
 """Our checkpoints on disk: a directory of `config.json` and `model.safetensors`, whole or not there at all.
 
-In:   a CausalVae and its Normaliser; or such a directory.
+In:   a CausalAutoencoder and its Normaliser; or such a directory.
 Out:  the directory; or both again, bit for bit, after every byte was checked.
 Cost: saving and loading read or write the weights once, hashing them as well.
 Errors: CheckpointError names the file that is missing, damaged or of another kind. Nothing is ever unpickled.
@@ -16,17 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.config import VaeConfig
+from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.spec import Normaliser
 from models.weights import document_sha256, fingerprint, read_table
 
 if TYPE_CHECKING:
-    from models.vae import CausalVae
+    from models.autoencoder import CausalAutoencoder
 
 FORMAT = "latentmill.model"
-FORMAT_VERSION = 1
-KIND = "CausalVae"
+FORMAT_VERSION = 2
+KIND = "CausalAutoencoder"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -35,12 +35,12 @@ WEIGHTS_FILE = "model.safetensors"
 class ModelDocument:
     """What `config.json` says. `fingerprint` is of kind, config and weights, as in models.weights."""
 
-    config: VaeConfig
+    config: ModelConfig
     normaliser: Normaliser
     fingerprint: str
 
 
-def save_checkpoint(directory: Path, model: CausalVae, normaliser: Normaliser) -> str:
+def save_checkpoint(directory: Path, model: CausalAutoencoder, normaliser: Normaliser) -> str:
     """Write a new checkpoint directory and return the model's fingerprint.
 
     The directory appears under its name complete or not at all.
@@ -52,10 +52,9 @@ def save_checkpoint(directory: Path, model: CausalVae, normaliser: Normaliser) -
 
     if directory.exists():
         raise CheckpointError(f"{directory}: exists already; save to a new directory or remove it")
-    if len(normaliser.mean) != model.config.latent_channels:
-        raise CheckpointError(
-            f"{directory}: the normaliser has {len(normaliser.mean)} channels, the model {model.config.latent_channels}"
-        )
+    channels = model.config.geometry.channels
+    if len(normaliser.mean) != channels:
+        raise CheckpointError(f"{directory}: the normaliser has {len(normaliser.mean)} channels, the model {channels}")
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
     try:
@@ -106,7 +105,7 @@ def read_document(directory: Path) -> ModelDocument:
         raise CheckpointError(f"{path}: holds a model of kind {document.get('kind')!r}; this code builds {KIND}")
     try:
         return ModelDocument(
-            VaeConfig.from_json(document["config"]), _normaliser(document["normaliser"]), document["fingerprint"]
+            ModelConfig.from_json(document["config"]), _normaliser(document["normaliser"]), document["fingerprint"]
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: holds no valid model: {error}") from error
@@ -123,7 +122,7 @@ def check_weights(directory: Path, document: ModelDocument) -> None:
         raise CheckpointError(f"{path}: is not the file that {CONFIG_FILE} was saved with; its fingerprint differs")
 
 
-def load_checkpoint(directory: Path) -> tuple[CausalVae, ModelDocument]:
+def load_checkpoint(directory: Path) -> tuple[CausalAutoencoder, ModelDocument]:
     """Load a checkpoint on the CPU, in eval mode, with no gradients, after checking every byte.
 
     Raises:
@@ -132,12 +131,12 @@ def load_checkpoint(directory: Path) -> tuple[CausalVae, ModelDocument]:
     import torch
     from safetensors.torch import load_file
 
-    from models.vae import CausalVae
+    from models.build import build_model
 
     document = read_document(directory)
     check_weights(directory, document)
     with torch.device("meta"):  # no random weights are drawn that would be thrown away
-        model = CausalVae(document.config)
+        model = build_model(document.config)
     path = directory / WEIGHTS_FILE
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: entry.shape for name, entry in read_table(path).items()}

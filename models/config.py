@@ -1,7 +1,7 @@
-"""The shape of our causal video autoencoder, as one frozen record, and the presets.
+"""What our causal video autoencoders are built from, as frozen records, and the presets.
 
-In:   a block list: patch size, (temporal, spatial) downs, channels per level, depth; or that as JSON.
-Out:  VaeConfig, from which strides and geometry are derived; PRESETS by name.
+In:   a block list: patch size, (temporal, spatial) downs, channels per level, depth; a bottleneck; or both as JSON.
+Out:  BackboneConfig, from which strides and geometry are derived; ModelConfig; PRESETS by name.
 Cost: none; no torch.
 Errors: ValueError names the field that cannot be, with its value.
 """
@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from models.bottlenecks.config import BottleneckConfig, Kl, bottleneck_from_json
 from models.spec import Geometry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+TemporalMode = Literal["causal", "chunk_causal", "frame"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +38,15 @@ class Pyramid:
 
 
 @dataclasses.dataclass(frozen=True)
-class VaeConfig:
-    """Everything that the autoencoder is built from.
+class BackboneConfig:
+    """Encoder and decoder without the bottleneck between them.
 
     patch_size: pixels per side that are folded into channels before the first convolution.
     downs: (temporal, spatial) stride of each step from one level to the next coarser one.
     encoder, decoder: one channel count per level, so one more than there are downs.
+    temporal_mode: what a layer sees. "causal": its own frame and those before; "chunk_causal": also on to the end of
+        its own latent frame's group; "frame": its own frame alone, so that every temporal stride must be 1.
+    attention: self-attention within each frame of the coarsest level, in both halves.
     """
 
     patch_size: int
@@ -47,30 +54,36 @@ class VaeConfig:
     encoder: Pyramid
     decoder: Pyramid
     latent_channels: int
-    bottleneck: str = "kl"
+    temporal_mode: TemporalMode = "causal"
+    attention: bool = False
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.latent_channels < 1:
             raise ValueError(f"must be at least 1, got {self.patch_size=} {self.latent_channels=}")
         if any(len(down) != 2 or min(down) < 1 for down in self.downs):
             raise ValueError(f"downs are (temporal, spatial) strides of at least 1, got {self.downs}")
+        if self.temporal_mode not in typing.get_args(TemporalMode):
+            modes = ", ".join(typing.get_args(TemporalMode))
+            raise ValueError(f"temporal_mode {self.temporal_mode!r} is not one of {modes}")
+        if self.temporal_mode == "frame" and self.geometry.temporal_stride > 1:
+            raise ValueError(f"temporal_mode 'frame' needs temporal strides of 1, got downs {self.downs}")
         for name, pyramid in (("encoder", self.encoder), ("decoder", self.decoder)):
             if len(pyramid.channels) != len(self.downs) + 1:
                 raise ValueError(
                     f"{name}.channels needs {len(self.downs) + 1} levels for {len(self.downs)} downs, "
                     f"got {pyramid.channels}"
                 )
-            self._check_shortcuts(name, pyramid)
+            _check_shortcuts(name, self.downs, pyramid.channels, averaged=name == "encoder")
 
-    def _check_shortcuts(self, name: str, pyramid: Pyramid) -> None:
-        levels = zip(self.downs, pyramid.channels, pyramid.channels[1:], strict=False)
-        for (temporal, spatial), finer, coarser in levels:
-            volume = temporal * spatial**2
-            if finer * volume % coarser or (name == "encoder" and coarser % volume):
-                raise ValueError(
-                    f"{name}.channels {finer} -> {coarser} with stride {temporal}x{spatial}x{spatial}: {coarser} must "
-                    f"divide {finer * volume}" + (f" and be a multiple of {volume}" if name == "encoder" else "")
-                )
+    @property
+    def level_strides(self) -> tuple[tuple[int, int], ...]:
+        """Of each level, finest first: frames of a latent frame's group, and pixels per side of a position."""
+        frames, pixels = math.prod(temporal for temporal, _ in self.downs), self.patch_size
+        strides = [(frames, pixels)]
+        for temporal, spatial in self.downs:
+            frames, pixels = frames // temporal, pixels * spatial
+            strides.append((frames, pixels))
+        return tuple(strides)
 
     @property
     def geometry(self) -> Geometry:
@@ -81,51 +94,185 @@ class VaeConfig:
             channels=self.latent_channels,
         )
 
+
+@dataclasses.dataclass(frozen=True)
+class TopLevel:
+    """A second, coarser latent above the backbone's own, as in VQ-VAE-2. Razavi et al., arXiv:1906.00446.
+
+    downs: (temporal, spatial) stride of each step up from the backbone's coarsest level.
+    channels: one count per down. depth: residual blocks after each down, and before each up.
+    latent_channels: of the top's latent; the backbone's latent_channels are the bottom's.
+    """
+
+    downs: tuple[tuple[int, int], ...]
+    channels: tuple[int, ...]
+    depth: int
+    latent_channels: int
+
+    def __post_init__(self) -> None:
+        if not self.downs or any(len(down) != 2 or min(down) < 1 for down in self.downs):
+            raise ValueError(f"top.downs are one or more (temporal, spatial) strides of at least 1, got {self.downs}")
+        if len(self.channels) != len(self.downs) or min(self.channels) < 1:
+            raise ValueError(f"top.channels needs one count per down of {self.downs}, got {self.channels}")
+        if self.depth < 1 or self.latent_channels < 1:
+            raise ValueError(f"must be at least 1, got top.depth {self.depth}, {self.latent_channels=}")
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """(temporal, spatial) stride from the bottom's latent to the top's."""
+        return math.prod(temporal for temporal, _ in self.downs), math.prod(spatial for _, spatial in self.downs)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A whole autoencoder: what a checkpoint's weights fit.
+
+    kind: which of models.kinds it is; a name for people, of no consequence to the arithmetic.
+    top: a second level of latents, through a bottleneck of its own of the same settings; None for one level.
+    """
+
+    backbone: BackboneConfig
+    bottleneck: BottleneckConfig = Kl()
+    kind: str = "vae"
+    top: TopLevel | None = None
+
+    def __post_init__(self) -> None:
+        self.bottleneck.check_latent_channels(self.backbone.latent_channels)
+        if self.top is not None:
+            self._check_top(self.top)
+
+    def _check_top(self, top: TopLevel) -> None:
+        self.bottleneck.check_latent_channels(top.latent_channels)
+        if self.backbone.temporal_mode == "frame" and top.strides[0] > 1:
+            raise ValueError(f"temporal_mode 'frame' needs temporal strides of 1, got top.downs {top.downs}")
+        channels = (self.backbone.encoder.channels[-1], *top.channels)
+        _check_shortcuts("top", top.downs, channels, averaged=True)
+
+    @property
+    def geometry(self) -> Geometry:
+        """How pixels map to the latent that is stored: of two levels, at the top's strides, the bottom folded in."""
+        bottom = self.backbone.geometry
+        if self.top is None:
+            return bottom
+        temporal, spatial = self.top.strides
+        return dataclasses.replace(
+            bottom,
+            temporal_stride=bottom.temporal_stride * temporal,
+            spatial_stride=bottom.spatial_stride * spatial,
+            channels=self.top.latent_channels + temporal * spatial**2 * bottom.channels,
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Plain lists and numbers; `from_json` reads them back."""
-        return dataclasses.asdict(self)
+        return {
+            "kind": self.kind,
+            "backbone": dataclasses.asdict(self.backbone),
+            "bottleneck": {"name": self.bottleneck.name, **dataclasses.asdict(self.bottleneck)},
+            **({"top": dataclasses.asdict(self.top)} if self.top is not None else {}),
+        }
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> VaeConfig:
+    def from_json(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """Build from `as_json`, or from JSON that a person wrote.
 
         Raises:
             ValueError: a field is missing, unknown, or not what it should be.
         """
         try:
-            pyramids = {
-                name: Pyramid(channels=tuple(fields[name]["channels"]), depth=fields[name]["depth"])
-                for name in ("encoder", "decoder")
-            }
-            downs = tuple((temporal, spatial) for temporal, spatial in fields["downs"])
-            return cls(**{**fields, **pyramids, "downs": downs})
+            return cls(
+                **{
+                    **fields,
+                    "backbone": _backbone_from_json(fields["backbone"]),
+                    "bottleneck": bottleneck_from_json(fields["bottleneck"]),
+                    "top": _top_from_json(fields["top"]) if fields.get("top") is not None else None,
+                }
+            )
         except KeyError as error:
             raise ValueError(f"a model config lacks the field {error}") from error
         except TypeError as error:
             raise ValueError(f"not a model config: {error}") from error
 
 
-PRESETS: Mapping[str, VaeConfig] = MappingProxyType(
+def _check_shortcuts(
+    name: str, downs: tuple[tuple[int, int], ...], channels: tuple[int, ...], *, averaged: bool
+) -> None:
+    """Refuse levels whose channels a shortcut cannot average (on the way down) or duplicate (on the way up)."""
+    for (temporal, spatial), finer, coarser in zip(downs, channels, channels[1:], strict=False):
+        volume = temporal * spatial**2
+        if finer * volume % coarser or (averaged and coarser % volume):
+            raise ValueError(
+                f"{name}.channels {finer} -> {coarser} with stride {temporal}x{spatial}x{spatial}: {coarser} must "
+                f"divide {finer * volume}" + (f" and be a multiple of {volume}" if averaged else "")
+            )
+
+
+def _backbone_from_json(fields: Mapping[str, Any]) -> BackboneConfig:
+    pyramids = {
+        name: Pyramid(channels=tuple(fields[name]["channels"]), depth=fields[name]["depth"])
+        for name in ("encoder", "decoder")
+    }
+    return BackboneConfig(**{**fields, **pyramids, "downs": _downs_from_json(fields["downs"])})
+
+
+def _top_from_json(fields: Mapping[str, Any]) -> TopLevel:
+    downs, channels = _downs_from_json(fields["downs"]), tuple(fields["channels"])
+    return TopLevel(**{**fields, "downs": downs, "channels": channels})
+
+
+def _downs_from_json(downs: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((temporal, spatial) for temporal, spatial in downs)
+
+
+PRESETS: Mapping[str, BackboneConfig] = MappingProxyType(
     {
-        "tiny-4x8x8x16": VaeConfig(
+        "tiny-4x8x8x16": BackboneConfig(
             patch_size=2,
             downs=((2, 2), (2, 2)),
             encoder=Pyramid(channels=(16, 32, 64), depth=1),
             decoder=Pyramid(channels=(16, 32, 64), depth=1),
             latent_channels=16,
         ),
-        "tiny-8x32x32x128": VaeConfig(
+        "tiny-8x32x32x128": BackboneConfig(
             patch_size=4,
             downs=((2, 2), (2, 2), (2, 2)),
             encoder=Pyramid(channels=(32, 64, 128, 128), depth=1),
             decoder=Pyramid(channels=(32, 64, 128, 128), depth=1),
             latent_channels=128,
         ),
+        "base-4x8x8x16": BackboneConfig(
+            patch_size=2,
+            downs=((2, 2), (2, 2)),
+            encoder=Pyramid(channels=(96, 192, 384), depth=2),
+            decoder=Pyramid(channels=(128, 256, 512), depth=2),
+            latent_channels=16,
+        ),
+        "base-4x16x16x48": BackboneConfig(
+            patch_size=4,
+            downs=((2, 2), (2, 2)),
+            encoder=Pyramid(channels=(128, 256, 512), depth=2),
+            decoder=Pyramid(channels=(160, 320, 640), depth=2),
+            latent_channels=48,
+        ),
+        "base-8x32x32x128": BackboneConfig(
+            patch_size=4,
+            downs=((2, 2), (2, 2), (2, 2)),
+            encoder=Pyramid(channels=(128, 256, 512, 512), depth=2),
+            decoder=Pyramid(channels=(128, 256, 512, 512), depth=3),
+            latent_channels=128,
+        ),
+        "image-1x8x8x16": BackboneConfig(
+            patch_size=2,
+            downs=((1, 2), (1, 2)),
+            encoder=Pyramid(channels=(96, 192, 384), depth=2),
+            decoder=Pyramid(channels=(128, 256, 512), depth=3),
+            latent_channels=16,
+            temporal_mode="frame",
+        ),
     }
 )
 
 
-def preset(name: str) -> VaeConfig:
+def preset(name: str) -> BackboneConfig:
     """The preset of that name.
 
     Raises:

@@ -58,7 +58,7 @@ def describe(source: str, subfolder: str | None = None) -> EncoderCard:
     directory = resolve_source(source, subfolder)
     if is_checkpoint(directory):
         return describe_native(directory)
-    from models.diffusers_directory import describe_diffusers
+    from models.pretrained.directory import describe_diffusers
 
     return describe_diffusers(directory, *_class_name(directory))
 
@@ -68,8 +68,9 @@ def load_encoder(
 ) -> VideoEncoder:
     """Load an encoder, ready on `device`: eval mode, no gradients, weights in `compute_dtype` (float32, bfloat16).
 
-    Bits of a latent depend on device, thread count and batch size, which the caller fixes, and on `chunk_frames`;
-    they do not depend on the clip's length (models.streamed).
+    Bits of a latent depend on device, thread count and batch size, which the caller fixes, and on `chunk_frames`; with
+    a class that streams they do not depend on the clip's length (models.streamed). Others take clips whole
+    (models.whole).
 
     Raises:
         EncoderSourceError, CheckpointError, EncoderProbeError: see the module.
@@ -84,7 +85,7 @@ def load_encoder(
     if is_checkpoint(directory):
         card, backend = load_native(directory)
         return ChunkedEncoder(card, backend, device, getattr(torch, compute_dtype))
-    from models.diffusers_directory import load_diffusers
+    from models.pretrained.directory import load_diffusers
 
     return load_diffusers(directory, *_class_name(directory), device, getattr(torch, compute_dtype))
 

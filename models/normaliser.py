@@ -3,7 +3,9 @@
 In:   latents B C t h w, batch by batch.
 Out:  a Normaliser.
 Cost: two float64 vectors of C, whatever the number of batches.
-Errors: ValueError when no latent came, a channel never varies, or values are not finite.
+Errors: ValueError when no latent came, or values are not finite.
+
+A channel that never varied (a collapsed code, a bit that never flips) has std 1, and the formula names it.
 """
 
 from __future__ import annotations
@@ -40,8 +42,13 @@ class NormaliserMeter:
         if not self.count:
             raise ValueError("a normaliser needs at least one batch of latents, got none")
         std = (self._squares / self.count).sqrt()
-        if not (torch.isfinite(std).all() and (std > 0).all()):
-            raise ValueError(f"a normaliser needs latents that are finite and vary in every channel, got std {std}")
+        if not torch.isfinite(std).all():
+            raise ValueError(f"a normaliser needs finite latents, got std {std.tolist()}")
+        constant = (std == 0).nonzero().flatten().tolist()
+        std[constant] = 1.0
+        remark = f"; channels {constant} never varied: std 1" if constant else ""
         return Normaliser(
-            mean=tuple(self._mean.tolist()), std=tuple(std.tolist()), formula="(latent - mean) / std, measured"
+            mean=tuple(self._mean.tolist()),
+            std=tuple(std.tolist()),
+            formula=f"(latent - mean) / std, measured{remark}",
         )

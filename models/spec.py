@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from models.chunks import StreamState
+    from models.streamed import EncodeStream
+
 PosteriorMode = Literal["mean", "moments", "sample"]
 Causality = Literal["causal", "causal-attention", "none"]
 
@@ -134,6 +137,18 @@ class VideoEncoder(Protocol):
 
         Raises:
             GeometryError: the clip is not on the grid, or chunk_frames is given and the encoder cannot stream.
+        """
+        ...
+
+    def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> EncodeStream:
+        """A stream for one batch of clips whose frames come a few at a time, in memory that does not grow with T.
+
+        What its `push` and `flush` give is, bit for bit, what `encode` gives for the whole clips. `state` is another
+        such stream's, to go on from where it was left, be it in another process or after a `torch.load`.
+
+        Raises:
+            GeometryError: chunk_frames is not a multiple of the temporal stride or not the state's, or the encoder
+                cannot stream.
         """
         ...
 

@@ -1,45 +1,64 @@
 """The one way in which clips reach an autoencoder: checked, in canonical chunks, uint8 over the bus.
 
 In:   a Backend (an autoencoder that takes chunks, its state passed in and out) and its EncoderCard.
-Out:  ChunkedEncoder, a VideoEncoder (models.spec).
+Out:  ChunkedEncoder, a VideoEncoder (models.spec), and its streams; a whole clip is a stream that is pushed once.
 Cost: one chunk's activations, a backend's state, and the latent; no growth with T but the latent's own.
 Errors: GeometryError before the model is called, for clips, chunks and latents that are off the grid.
 
 Canonical chunking: the leading frame alone, then chunks of `chunk_frames`, the last one filled up by repeating the
-clip's last frame; what the filling made is cut off. A chunk's arithmetic then never depends on how long the clip is:
-with one batch size, thread count and device, a clip's first latent frames are bit for bit those of any longer clip.
+clip's last frame; what the filling made is cut off. A chunk's arithmetic then depends neither on how long the clip is,
+nor on how its frames arrive, nor on where a stream was taken up again: with one batch size, thread count and device, a
+latent frame is bit for bit the same. Latents are decoded in chunks of `chunk_frames` pixels likewise.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from models.chunks import ChunkedStream, RunChunk, StreamState
 from models.pixels import to_frames, to_pixels
 from models.spec import EncoderCard, Geometry, GeometryError, Posterior
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
 MIN_DEFAULT_CHUNK_FRAMES = 8
 
 
-class Backend(Protocol):
-    """A causal autoencoder on its device, in its compute dtype. Its state may be anything; None starts a clip."""
+class EncodesChunks(Protocol):
+    """A causal autoencoder on its device, in its compute dtype.
+
+    Its state is None at a clip's start, then whatever it likes of dictionaries, lists, tensors, numbers and strings, so
+    that it can be saved. A state that was passed in is left as it was.
+    """
 
     def encode_chunk(self, pixels: Tensor, state: Any) -> tuple[Posterior, Any]:
         """Encode the next frames, B 3 T H W: the leading one first, then multiples of the temporal stride."""
         ...
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the weights."""
+        ...
+
+
+class Backend(EncodesChunks, Protocol):
+    """One whose decoder is not resumed."""
+
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode B C t h w; yields pixels B 3 T H W, in pieces, in order."""
         ...
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the weights."""
+
+@runtime_checkable
+class StreamingBackend(EncodesChunks, Protocol):
+    """One whose decoder streams as well."""
+
+    def decode_chunk(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Decode the next latent frames, B C t h w, the leading one first, to pixels B 3 T H W."""
         ...
 
 
@@ -49,9 +68,11 @@ def default_chunk_frames(geometry: Geometry) -> int:
 
 
 class ChunkedEncoder:
-    """A VideoEncoder over a Backend. As thread-safe as its backend."""
+    """A VideoEncoder over a Backend. As thread-safe as its backend; a stream belongs to one thread at a time."""
 
-    def __init__(self, card: EncoderCard, backend: Backend, device: str, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, card: EncoderCard, backend: Backend | StreamingBackend, device: str, compute_dtype: torch.dtype
+    ) -> None:
         self._card = card
         self._backend = backend
         self._device = torch.device(device)
@@ -63,39 +84,111 @@ class ChunkedEncoder:
         return self._card
 
     def encode(self, frames_BTHWC: Tensor, chunk_frames: int | None = None) -> Posterior:
-        geometry = self._card.geometry
         if frames_BTHWC.ndim != 5:
             raise GeometryError(f"frames are uint8 B T H W 3, got {tuple(frames_BTHWC.shape)}")
-        _, latent_frames, _, _ = geometry.latent_shape(*frames_BTHWC.shape[1:4])
-        chunk_frames = default_chunk_frames(geometry) if chunk_frames is None else chunk_frames
-        if chunk_frames < 1 or chunk_frames % geometry.temporal_stride:
-            raise GeometryError(f"chunk_frames {chunk_frames} is not a multiple of {geometry.temporal_stride}")
-        state, posteriors = None, []
-        with torch.inference_mode():
-            for chunk in canonical_chunks(frames_BTHWC, chunk_frames):
-                pixels = to_pixels(chunk, self._device, self._dtype, self._card.pixel_range)
-                posterior, state = self._backend.encode_chunk(pixels, state)
-                posteriors.append(posterior)
-            mean = torch.cat([posterior.mean for posterior in posteriors], dim=2)
-            logvars = [posterior.logvar for posterior in posteriors if posterior.logvar is not None]
-            logvar = torch.cat(logvars, dim=2)[:, :, :latent_frames].float().cpu() if logvars else None
-            return Posterior(mean[:, :, :latent_frames].float().cpu(), logvar)
+        self._card.geometry.latent_shape(*frames_BTHWC.shape[1:4])
+        return self.encode_stream(chunk_frames).run(frames_BTHWC)
 
     def decode(self, latents: Tensor) -> Tensor:
-        channels = self._card.geometry.channels
-        if latents.ndim != 5 or latents.shape[1] != channels or not latents.numel():
-            raise GeometryError(f"latents are B {channels} t h w, got {tuple(latents.shape)}")
+        if isinstance(self._backend, StreamingBackend):
+            return self.decode_stream().run(latents)
+        _check_latents(latents, self._card.geometry)
         with torch.inference_mode():
             pieces = self._backend.decode(latents.to(self._device, self._dtype))
             return torch.cat([to_frames(piece, self._card.pixel_range) for piece in pieces], dim=1)
 
+    def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> EncodeStream:
+        geometry = self._card.geometry
+        if chunk_frames is None:
+            chunk_frames = default_chunk_frames(geometry) if state is None else state["chunk_frames"]
+        if chunk_frames < 1 or chunk_frames % geometry.temporal_stride:
+            raise GeometryError(f"chunk_frames {chunk_frames} is not a multiple of {geometry.temporal_stride}")
+        return EncodeStream(geometry, self._encode_chunk, chunk_frames, state)
 
-def canonical_chunks(frames_BTHWC: Tensor, chunk_frames: int) -> Iterator[Tensor]:
-    """The leading frame, then chunks of exactly `chunk_frames`, the last filled up with the clip's last frame."""
-    yield frames_BTHWC[:, :1]
-    for start in range(1, frames_BTHWC.shape[1], chunk_frames):
-        chunk = frames_BTHWC[:, start : start + chunk_frames]
-        missing = chunk_frames - chunk.shape[1]
-        if missing:
-            chunk = torch.cat([chunk, chunk[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
-        yield chunk
+    def decode_stream(self, state: StreamState | None = None) -> DecodeStream:
+        """A stream that decodes one batch of clips, from its start or from where `state` was left.
+
+        Raises:
+            GeometryError: this encoder decodes whole latents only.
+        """
+        if not isinstance(self._backend, StreamingBackend):
+            raise GeometryError(f"{self._card.kind} decodes whole latents only: use decode")
+        return DecodeStream(self._card.geometry, self._decode_chunk, state)
+
+    def _encode_chunk(self, frames_BTHWC: Tensor, state: Any) -> tuple[Posterior, Any]:
+        pixels = to_pixels(frames_BTHWC, self._device, self._dtype, self._card.pixel_range)
+        return self._backend.encode_chunk(pixels, state)
+
+    def _decode_chunk(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
+        assert isinstance(self._backend, StreamingBackend)
+        pixels, state = self._backend.decode_chunk(latents.to(self._device, self._dtype), state)
+        return to_frames(pixels, self._card.pixel_range), state
+
+
+class EncodeStream(ChunkedStream[Posterior]):
+    """Encodes one batch of clips, pushed as uint8 RGB frames B T H W 3: any T, and the same B, H and W every time.
+
+    `push` and `flush` give a Posterior of the latent frames that are ready, float32 on the CPU, or None.
+
+    Raises:
+        GeometryError: `push`: not such frames; `flush`: the clip's frames are not on the grid.
+    """
+
+    time_axis = 1
+
+    def __init__(
+        self, geometry: Geometry, encode: RunChunk[Posterior], chunk_frames: int, state: StreamState | None
+    ) -> None:
+        super().__init__(encode, chunk_frames, state)
+        self._geometry = geometry
+
+    def _check(self, arrived: Tensor) -> None:
+        if arrived.dtype != torch.uint8 or arrived.ndim != 5 or arrived.shape[4] != 3 or not arrived.numel():
+            raise GeometryError(f"frames are uint8 B T H W 3, got {arrived.dtype} {tuple(arrived.shape)}")
+        self._geometry.latent_shape(1, *arrived.shape[2:4])
+
+    def _check_end(self, num_frames: int) -> None:
+        self._geometry.latent_shape(num_frames, self._geometry.spatial_stride, self._geometry.spatial_stride)
+
+    def _join(self, outcomes: Sequence[Posterior]) -> Posterior:
+        mean = torch.cat([outcome.mean for outcome in outcomes], dim=2)
+        logvars = [outcome.logvar for outcome in outcomes if outcome.logvar is not None]
+        return Posterior(mean.float().cpu(), torch.cat(logvars, dim=2).float().cpu() if logvars else None)
+
+    def _shorten(self, outcome: Posterior, num_frames: int) -> Posterior:
+        kept = num_frames // self._geometry.temporal_stride
+        return Posterior(outcome.mean[:, :, :kept], None if outcome.logvar is None else outcome.logvar[:, :, :kept])
+
+
+class DecodeStream(ChunkedStream[torch.Tensor]):
+    """Decodes one batch of latents, pushed as unnormalised float B C t h w: any t, and the same B, h and w every time.
+
+    `push` and `flush` give uint8 RGB frames, B T H W 3, on the CPU, or None. Counts in its state are of latent frames.
+
+    Raises:
+        GeometryError: `push`: not such latents; `flush`: no latent frame came.
+    """
+
+    time_axis = 2
+
+    def __init__(self, geometry: Geometry, decode: RunChunk[Tensor], state: StreamState | None) -> None:
+        super().__init__(decode, default_chunk_frames(geometry) // geometry.temporal_stride, state)
+        self._geometry = geometry
+
+    def _check(self, arrived: Tensor) -> None:
+        _check_latents(arrived, self._geometry)
+
+    def _check_end(self, num_frames: int) -> None:
+        if not num_frames:
+            raise GeometryError("no latent frame to decode: push at least one")
+
+    def _join(self, outcomes: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(outcomes), dim=1)
+
+    def _shorten(self, outcome: Tensor, num_frames: int) -> Tensor:
+        return outcome[:, : num_frames * self._geometry.temporal_stride]
+
+
+def _check_latents(latents: Tensor, geometry: Geometry) -> None:
+    if latents.ndim != 5 or latents.shape[1] != geometry.channels or not latents.numel():
+        raise GeometryError(f"latents are B {geometry.channels} t h w, got {tuple(latents.shape)}")

@@ -3,16 +3,20 @@
 In:   a ClipOrder (pipeline.epoch), decoders, this rank and the number of ranks, a LoaderState to go on from.
 Out:  ClipBatch after ClipBatch without end: this rank's part of each global batch, uint8 B T H W 3.
 Cost: decoding; at most `ahead_batches` and `ahead_bytes` decoded or asked for ahead of the trainer; always one batch.
-Errors: FailureLimitError when no clip of a whole global batch can be decoded; UnitError and ShardError from decoding
-        itself; UsageError for a batch size that the ranks do not divide.
+      A global batch without one good clip reads up to an epoch's index, and decodes MAX_SUBSTITUTES clips or fewer for
+      each of its own.
+Errors: FailureLimitError when neither a global batch's clips nor their substitutes can be decoded; UnitError and
+        ShardError from decoding itself; UsageError for a batch size that the ranks do not divide.
 
 A video that cannot be decoded costs its clip and no more: the next clip of the global batch that can be decoded stands
-in for it. Which one that is depends on the videos alone, so neither ranks, timing nor a restart change a batch.
+in for it, or where the batch has none, the next draw of its shape in the epoch's order. Which one that is depends on
+order and videos alone, so neither ranks, timing nor a restart change a batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterator
 
@@ -22,6 +26,9 @@ from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Filte
 from pipeline.decode_requests import Decoders, PendingDecode
 from pipeline.epoch import ClipOrder, Draw, GlobalBatch, LoaderState
 from pipeline.errors import DecodeError, FailureLimitError, UsageError
+
+MAX_SUBSTITUTES = 64
+"""Draws from outside a global batch that are tried before training stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +109,27 @@ class TrainingClips:
         return ClipBatch(item.batch.step, frames, draws, item.state, tuple(failed))
 
     def _stand_in(self, batch: GlobalBatch, place: int) -> DecodedClip:
-        """The next clip of the global batch after that place, around its end, that can be decoded."""
-        for draw in (*batch.draws[place + 1 :], *batch.draws[:place]):
+        """The next clip of the global batch after that place, around its end, that can be decoded, or a substitute."""
+        others = (*batch.draws[place + 1 :], *batch.draws[:place])
+        for draw in itertools.chain(others, itertools.islice(self._substitutes(batch), MAX_SUBSTITUTES)):
             (outcome,) = self.decoders.submit(self._request(draw)).result()
             if isinstance(outcome, DecodedClip):
                 return outcome
         keys = ", ".join(draw.source.key for draw in batch.draws[:4])
         raise FailureLimitError(
-            f"none of the {len(batch.draws)} clips of training step {batch.step} can be decoded ({keys} ...): "
+            f"none of the {len(batch.draws)} clips of training step {batch.step} can be decoded ({keys} ...), nor "
+            f"the {MAX_SUBSTITUTES} next ones of their shape or the rest of their epoch: "
             "`latentmill index` and `latentmill encode` name the reasons"
         )
+
+    def _substitutes(self, batch: GlobalBatch) -> Iterator[Draw]:
+        """The epoch's other draws of the batch's bucket: those after its last draw, then those from the start on."""
+        last = batch.draws[-1]
+        after = self.order.draws(last.epoch, last.number + 1)
+        before = itertools.takewhile(lambda draw: draw.number < last.number, self.order.draws(last.epoch))
+        for draw in itertools.chain(after, before):
+            if draw.bucket == batch.bucket and draw not in batch.draws:
+                yield draw
 
     def _request(self, draw: Draw) -> DecodeRequest:
         shape = ClipShape(draw.bucket.height, draw.bucket.width, self.fit, self.filter)

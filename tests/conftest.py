@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from models.autoencoder import CausalAutoencoder
 from models.checkpoint import save_checkpoint
-from models.config import preset
+from models.config import ModelConfig, preset
 from models.spec import Normaliser
-from models.vae import CausalVae
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # else a local cluster writes a token under the home directory
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -27,7 +27,7 @@ settings.load_profile("latentmill")
 def vae_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Our tiny VAE with random weights, saved as `train` saves it."""
     torch.manual_seed(0)
-    model = CausalVae(preset("tiny-4x8x8x16")).eval()
+    model = CausalAutoencoder(ModelConfig(preset("tiny-4x8x8x16"))).eval()
     directory = tmp_path_factory.mktemp("encoder") / "vae"
     save_checkpoint(directory, model, Normaliser((0.0,) * 16, (1.0,) * 16))
     return directory

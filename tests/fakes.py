@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.chunks import StreamState
 from models.spec import EncoderCard, Geometry, Normaliser, Posterior
+from models.streamed import EncodeStream
 from pipeline.account import close_books
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
@@ -73,6 +75,16 @@ class FakeEncoder:
         blocks = pixels.view(B, -1, H // 8, 8, W // 8, 8, 3).mean(dim=(3, 5)).permute(0, 4, 1, 2, 3)
         mean = torch.cat([blocks, blocks.mean(dim=1, keepdim=True)], dim=1) * self.scale
         return Posterior(mean.contiguous(), torch.full_like(mean, -2.0))
+
+    def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> EncodeStream:
+        return EncodeStream(FAKE_GEOMETRY, self._encode_chunk, chunk_frames or 8, state)
+
+    def _encode_chunk(self, frames: torch.Tensor, state: object) -> tuple[Posterior, object]:
+        if state is None:
+            return self.encode(frames), "started"
+        posterior = self.encode(torch.cat([frames[:, :1], frames], dim=1))  # as if a leading frame came with it
+        assert posterior.logvar is not None
+        return Posterior(posterior.mean[:, :, 1:], posterior.logvar[:, :, 1:]), "started"
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         frames = latents[:, :3].repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)

@@ -47,13 +47,26 @@ FLAGS = {
     "status": {"config", "store", "failures"},
     "verify": {"config", "store", "encoder", "share", "min-psnr", "worst"} | DECODE,
     "reconstruct": {"config", "store", "output", "window", "encoder"} | DECODE,
+    "sample": {
+        "config", "encoder", "output", "prior", "num", "frames", "size", "temperature", "top-k", "fps", "seed",
+    },
+    "interpolate": {"config", "store", "output", "steps", "path", "window", "encoder"},
+    "train prior": {
+        "config", "store", "output", "encoder", "seconds", "steps", "batch-size", "width", "depth", "heads",
+        "learning-rate", "seed", "threads",
+    },
     "train": {
-        "config", "output", "preset", "seconds", "frames", "size", "batch-size", "learning-rate", "seed", "threads",
+        "config", "output", "kind", "preset", "seconds", "frames", "size", "batch-size", "learning-rate", "seed",
+        "threads",
     } | DECODE,
     "synthesize": {"config", "output", "num-shards", "samples-per-shard", "seed"},
     "bench decode": {
         "config", "output", "hardware", "codecs", "heights", "frames", "side", "repetitions", "long-minutes",
         "long-height", "memory-minutes",
+    },
+    "bench model": {
+        "config", "output", "hardware", "models", "device", "dtypes", "compile", "no-compile", "frames", "size",
+        "repetitions", "threads",
     },
 }  # fmt: skip
 

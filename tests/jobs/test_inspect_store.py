@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from jobs.__main__ import main
+from models.autoencoder import CausalAutoencoder
 from models.checkpoint import save_checkpoint
-from models.config import preset
+from models.config import ModelConfig, preset
 from models.spec import Normaliser
-from models.vae import CausalVae
 from pipeline.plan import Plan, load_plan
 from pipeline.storage import Storage, open_storage
 from pipeline.store import open_array, open_header, read_unit
@@ -48,7 +48,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("encoders") / "tiny"
-    save_checkpoint(directory, CausalVae(preset("tiny-4x8x8x16")), Normaliser((0.0,) * 16, (1.0,) * 16))
+    save_checkpoint(
+        directory, CausalAutoencoder(ModelConfig(preset("tiny-4x8x8x16"))), Normaliser((0.0,) * 16, (1.0,) * 16)
+    )
     return directory
 
 
@@ -118,7 +120,9 @@ class TestVerify:
     def test_another_encoder_is_refused(self, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         torch.manual_seed(1)
         other = tmp_path / "other"
-        save_checkpoint(other, CausalVae(preset("tiny-4x8x8x16")), Normaliser((0.0,) * 16, (1.0,) * 16))
+        save_checkpoint(
+            other, CausalAutoencoder(ModelConfig(preset("tiny-4x8x8x16"))), Normaliser((0.0,) * 16, (1.0,) * 16)
+        )
         assert main(["verify", "--store", store, "--encoder", str(other)]) == 2
         assert "has fingerprint" in capsys.readouterr().err
 

@@ -7,20 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.autoencoder import CausalAutoencoder
+from models.bottlenecks.config import Fsq, Lfq, Vq
 from models.checkpoint import load_checkpoint, read_document, save_checkpoint
-from models.config import Pyramid, VaeConfig
+from models.config import BackboneConfig, ModelConfig, Pyramid
 from models.errors import CheckpointError
 from models.spec import Normaliser
-from models.vae import CausalVae
 
-CONFIG = VaeConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 8), 1), latent_channels=4)
+CONFIG = ModelConfig(BackboneConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 8), 1), latent_channels=4))
 NORMALISER = Normaliser(mean=(0.1, -0.2, 0.3, 1 / 3), std=(1.0, 2.0, 0.5, 1e-3), formula="(latent - mean) / std")
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(3)
-    return CausalVae(CONFIG)
+    return CausalAutoencoder(CONFIG)
 
 
 @pytest.fixture
@@ -41,9 +42,29 @@ def test_a_checkpoint_comes_back_bit_for_bit(directory, model):
     clip = torch.rand(1, 3, 5, 8, 8)
     with torch.inference_mode():
         assert torch.equal(loaded.encode(clip).mean, model.encode(clip).mean)
-    stream = loaded.encode_stream()
-    stream.push(clip)
-    assert len(stream.state) == sum(name.endswith("conv.weight") for name in loaded.encoder.state_dict())
+    _, state = loaded.encode_chunk(clip, {})
+    assert len(state) == sum(name.endswith("conv.weight") for name in loaded.encoder.state_dict())
+
+
+@pytest.mark.parametrize("bottleneck", [Fsq(levels=(8, 5, 5, 5)), Lfq(), Vq(codebook_size=8)], ids=lambda it: it.name)
+def test_what_no_file_holds_is_there_again(tmp_path, bottleneck):
+    """Constants that follow from the config; loading builds once, on a device without values."""
+    model = CausalAutoencoder(dataclasses.replace(CONFIG, bottleneck=bottleneck))
+    save_checkpoint(tmp_path / "model", model, NORMALISER)
+    torch.manual_seed(11)
+    expected = torch.rand(1)
+    torch.manual_seed(11)
+    loaded, _ = load_checkpoint(tmp_path / "model")
+    assert torch.equal(torch.rand(1), expected)
+    with torch.device("meta"):
+        built = CausalAutoencoder(model.config).bottleneck
+    constants = {name: buffer for name, buffer in built.named_buffers() if name not in built.state_dict()}
+    assert list(constants) == ([] if bottleneck.name == "vq" else ["levels"])
+    assert not any(constant.is_meta for constant in constants.values())
+    latent = loaded.encode(torch.rand(1, 3, 5, 8, 8)).mean
+    ids = loaded.bottleneck.latent_to_ids(latent)
+    assert torch.equal(ids, model.bottleneck.latent_to_ids(latent))
+    assert torch.equal(loaded.bottleneck.ids_to_latent(ids), latent)
 
 
 def test_loading_draws_no_random_numbers(directory):
@@ -63,7 +84,9 @@ def test_the_fingerprint_is_of_weights_and_config_alone(tmp_path, model):
         model.decoder.conv_out.conv.bias[0] += 1e-6
     assert save_checkpoint(tmp_path / "weights", model, NORMALISER) != first
     torch.manual_seed(3)
-    wider = CausalVae(dataclasses.replace(CONFIG, decoder=Pyramid((8, 16), 1)))
+    wider = CausalAutoencoder(
+        dataclasses.replace(CONFIG, backbone=dataclasses.replace(CONFIG.backbone, decoder=Pyramid((8, 16), 1)))
+    )
     assert save_checkpoint(tmp_path / "config", wider, NORMALISER) != first
 
 
@@ -135,7 +158,7 @@ def test_a_missing_file_is_named(directory, name):
     ("change", "message"),
     [
         ({"format": "other"}, 'lacks "format": "latentmill.model"'),
-        ({"format_version": 99}, "format version 99; this code reads 1"),
+        ({"format_version": 99}, "format version 99; this code reads 2"),
         ({"normaliser": {"mean": [0.0], "std": [1.0], "formula": ""}}, "does not match its own sha256"),
         ({"kind": "Other"}, "does not match its own sha256"),
     ],

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.config import Pyramid, VaeConfig
+from models.config import BackboneConfig, Pyramid
+from models.kinds.vae import Vae
 from models.pixels import to_frames, to_pixels
 from models.spec import GeometryError
-from models.training import TrainSettings, measure_normaliser, train_vae
+from models.trainer import TrainSettings
+from models.training import measure_normaliser, train
 
-CONFIG = VaeConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 16), 1), latent_channels=4)
-QUICK = TrainSettings(learning_rate=2e-3, warmup_steps=5, normaliser_batches=2)
+BACKBONE = BackboneConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 16), 1), latent_channels=4)
+QUICK = TrainSettings(learning_rate=2e-3, warmup_steps=5)
 
 
 def moving_squares(seed=0):
@@ -32,8 +34,13 @@ def moving_squares(seed=0):
 
 def test_the_loss_falls_below_six_tenths_in_sixty_steps():
     losses = []
-    trained = train_vae(
-        CONFIG, moving_squares(), steps=60, settings=QUICK, progress=lambda step, loss: losses.append((step, loss))
+    trained = train(
+        Vae(),
+        BACKBONE,
+        moving_squares(),
+        steps=60,
+        settings=QUICK,
+        progress=lambda step, loss: losses.append((step, loss)),
     )
     assert [step for step, _ in losses] == list(range(1, 61))
     assert trained.steps == 60
@@ -46,10 +53,10 @@ def test_training_repeats_bit_for_bit_and_leaves_the_global_seed_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = train_vae(CONFIG, moving_squares(), steps=3, settings=QUICK)
+    first = train(Vae(), BACKBONE, moving_squares(), steps=3, settings=QUICK)
     assert torch.equal(torch.rand(1), expected)
-    second = train_vae(CONFIG, moving_squares(), steps=3, settings=QUICK)
-    other = train_vae(CONFIG, moving_squares(), steps=3, settings=TrainSettings(seed=1, normaliser_batches=2))
+    second = train(Vae(), BACKBONE, moving_squares(), steps=3, settings=QUICK)
+    other = train(Vae(), BACKBONE, moving_squares(), steps=3, settings=TrainSettings(seed=1))
     weights = [trained.model.state_dict() for trained in (first, second, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert first.normaliser == second.normaliser
@@ -58,13 +65,13 @@ def test_training_repeats_bit_for_bit_and_leaves_the_global_seed_alone():
 
 def test_a_time_limit_ends_training():
     started = time.monotonic()
-    trained = train_vae(CONFIG, moving_squares(), steps=100_000, time_limit_seconds=0.5, settings=QUICK)
+    trained = train(Vae(), BACKBONE, moving_squares(), steps=100_000, time_limit_seconds=0.5, settings=QUICK)
     assert 1 <= trained.steps < 100_000
     assert time.monotonic() - started < 20
 
 
 def test_the_normaliser_is_of_the_batches_that_follow():
-    trained = train_vae(CONFIG, moving_squares(), steps=2, settings=QUICK)
+    trained = train(Vae(), BACKBONE, moving_squares(), steps=2, settings=QUICK, normaliser_batches=2)
     batches = moving_squares()
     for _ in range(2):
         next(batches)
@@ -79,7 +86,7 @@ def test_the_normaliser_is_of_the_batches_that_follow():
 
 
 def test_a_trained_model_is_saved_and_loaded(tmp_path):
-    trained = train_vae(CONFIG, moving_squares(), steps=2, settings=QUICK)
+    trained = train(Vae(), BACKBONE, moving_squares(), steps=2, settings=QUICK)
     save_checkpoint(tmp_path / "vae", trained.model, trained.normaliser)
     model, document = load_checkpoint(tmp_path / "vae")
     assert document.normaliser == trained.normaliser
@@ -89,15 +96,17 @@ def test_a_trained_model_is_saved_and_loaded(tmp_path):
 
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ValueError, match="positive limit"):
-        train_vae(CONFIG, moving_squares())
+        train(Vae(), BACKBONE, moving_squares())
     with pytest.raises(ValueError, match="ran out"):
-        train_vae(CONFIG, iter([next(moving_squares())]), steps=2)
+        train(Vae(), BACKBONE, iter([next(moving_squares())]), steps=2)
     with pytest.raises(GeometryError, match="use 3 or 5"):
-        train_vae(CONFIG, iter([next(moving_squares())[:, :4]]), steps=2)
+        train(Vae(), BACKBONE, iter([next(moving_squares())[:, :4]]), steps=2)
+    with pytest.raises(ValueError, match="normaliser_batches must be at least 1"):
+        train(Vae(), BACKBONE, moving_squares(), steps=2, normaliser_batches=0)
     with pytest.raises(ValueError, match="learning_rate must be positive"):
         TrainSettings(learning_rate=0)
     with pytest.raises(ValueError, match="not finite"):
-        train_vae(CONFIG, moving_squares(), steps=50, settings=TrainSettings(learning_rate=1e12, warmup_steps=0))
+        train(Vae(), BACKBONE, moving_squares(), steps=50, settings=TrainSettings(learning_rate=1e12, warmup_steps=0))
 
 
 def test_pixels_survive_the_round_trip():

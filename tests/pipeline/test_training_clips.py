@@ -18,7 +18,7 @@ from pipeline.epoch import ClipOrder, DrawConfig, LoaderState
 from pipeline.errors import FailureLimitError, UnitError, UsageError
 from pipeline.index import IndexFragment, list_fragments, read_fragment
 from pipeline.storage import LocalStorage
-from pipeline.training_clips import ClipBatch, TrainingClips
+from pipeline.training_clips import MAX_SUBSTITUTES, ClipBatch, TrainingClips
 from tests.fakes import FakeDecoders, fake_frames, index, planned_store, write_numbered_shards
 
 VIDEOS = ({"a": 30, "b": 9, "c": 50}, {"d": 31, "e": 12, "f": 25, "g": 9}, {"h": 9, "i": 44})
@@ -115,6 +115,53 @@ def test_failures_are_counted_by_reason(fragments: list[IndexFragment]) -> None:
     batches = take(clips, 8)
     assert clips.failed == Counter(reason for batch in batches for reason in batch.failed)
     assert set(clips.failed) == {"bad_media"}
+
+
+def lonely(fragments: list[IndexFragment]) -> ClipOrder:
+    """Batches of one clip: no other clip of the batch can stand in."""
+    return order(fragments, frames=(5, 9), batch_size=1, draws_per_sample=3)
+
+
+def test_a_batch_without_one_good_clip_is_shown_the_next_good_draw_of_its_shape(fragments: list[IndexFragment]) -> None:
+    bad = "befghi"
+    batches = take(TrainingClips(lonely(fragments), FakeDecoders(bad=bad)), 40)
+    wrapped = 0
+    for batch in batches:
+        (draw,) = batch.draws
+        epoch = [other for other in lonely(fragments).draws(draw.epoch) if other.bucket == draw.bucket]
+        place = epoch.index(draw)
+        shown = next(other for other in (*epoch[place:], *epoch[:place]) if other.source.key not in bad)
+        wrapped += shown.number < draw.number
+        np.testing.assert_array_equal(batch.frames[0], fake_frames(shown.source.key, shown.window, SHAPE))
+        assert len(batch.failed) == (draw.source.key in bad)
+    assert wrapped
+    resumed = TrainingClips(lonely(fragments), FakeDecoders(bad=bad), state=batches[19].state)
+    for one, other in zip(batches[20:], take(resumed, 20), strict=True):
+        np.testing.assert_array_equal(one.frames, other.frames)
+
+
+def test_both_draws_of_one_bad_video_in_a_batch_cost_nothing_more(fragments: list[IndexFragment]) -> None:
+    """On any number of ranks alike."""
+
+    def shown(num_ranks: int) -> list[np.ndarray]:
+        clips = order(fragments, frames=(9,), batch_size=2, draws_per_sample=2, shuffle_shards=1)
+        ranks = [
+            take(TrainingClips(clips, FakeDecoders(bad="abdefghi"), rank, num_ranks), 9) for rank in range(num_ranks)
+        ]
+        assert any(sum(len(rank[step].failed) for rank in ranks) == 2 for step in range(9))
+        return [np.concatenate([rank[step].frames for rank in ranks]) for step in range(9)]
+
+    for one, many in zip(shown(1), shown(2), strict=True):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_substitutes_are_tried_a_bounded_number_of_times(fragments: list[IndexFragment]) -> None:
+    decoders = FakeDecoders(bad="abcdefghi")
+    clips = order(fragments, frames=(9,), batch_size=1, draws_per_sample=20)
+    with pytest.raises(FailureLimitError, match="nor the 64 next ones"):
+        take(TrainingClips(clips, decoders, ahead_batches=0), 1)
+    assert len(decoders.requests) == 1 + MAX_SUBSTITUTES
+    assert len(set(decoders.requests)) > 30  # they are other windows of several videos
 
 
 def test_a_batch_without_one_good_clip_stops_training(fragments: list[IndexFragment]) -> None:

@@ -1,0 +1,139 @@
+"""`latentmill bench model`: what each preset and each released diffusers config costs to encode with.
+
+In:   names of models, a clip's size, a device; a directory for the result.
+Out:  model_<hardware>_<date>.md and .json: parameters, kMAC per pixel, frames per second and peak memory, for the
+      model's own call on the whole clip and for our streaming, eager and compiled, per dtype; memory against length.
+Cost: seconds to minutes per row on a CPU; a process each.
+Errors: UsageError for an unknown name or an output that is no directory; a way that a model cannot run says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from jobs.bench_decode import cpu_name
+from jobs.config import BenchModel
+from jobs.encode import choose_device
+from models.config import PRESETS
+from models.pretrained import real_configs
+from pipeline.errors import UsageError
+
+Json = dict[str, Any]
+_LENGTHS = (33, 1025)
+
+
+def run_bench_model(command: BenchModel) -> int:
+    """Measure, write, print. Returns the exit code."""
+    known = (*PRESETS, *real_configs())
+    unknown = [name for name in command.models if name not in known]
+    if unknown:
+        raise UsageError(f"--models {' '.join(unknown)}: use some of {', '.join(known)}")
+    if not command.output.is_dir():
+        raise UsageError(f"--output {command.output} is no directory: make it first")
+    device = choose_device(command.device)
+    rows = [
+        _row(command, device, model, how, compiled, dtype)
+        for model in command.models or known
+        for dtype in command.dtypes
+        for how in ("plain", "streamed")
+        for compiled in ((False, True) if command.compile else (False,))
+    ]
+    lengths = [_length(command, device, frames) for frames in _LENGTHS]
+    result = {"about": _about(command, device), "rows": rows, "lengths": lengths}
+    text = "\n".join(to_markdown(result)) + "\n"
+    name = f"model_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}"
+    (command.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (command.output / f"{name}.md").write_text(text)
+    print(text)
+    return 0
+
+
+def _row(command: BenchModel, device: str, model: str, how: str, compiled: bool, dtype: str) -> Json:
+    spec = {"model": model, "how": how, "compiled": compiled, "dtype": dtype}
+    cell = _measured(command, device, spec, command.frames, command.size)
+    print(f"{model} {how}{' compiled' if compiled else ''} {dtype}: {_speed(cell)}", file=sys.stderr, flush=True)
+    return {**spec, **cell}
+
+
+def _length(command: BenchModel, device: str, frames: int) -> Json:
+    spec = {"model": "tiny-4x8x8x16", "how": "length", "compiled": False, "dtype": "float32"}
+    return {"frames": frames, **_measured(dataclasses.replace(command, repetitions=1), device, spec, frames, 128)}
+
+
+def _measured(command: BenchModel, device: str, spec: Json, frames: int, size: int) -> Json:
+    asked = {
+        **spec,
+        "device": device,
+        "frames": frames,
+        "size": size,
+        "repetitions": command.repetitions,
+        "threads": command.threads,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.bench_model_child"],
+        input=json.dumps(asked),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
+    )
+    fields: Json = json.loads(done.stdout) if done.stdout else {"error": f"the process ended with {done.returncode}"}
+    return fields
+
+
+def _about(command: BenchModel, device: str) -> Json:
+    return {
+        "command": "latentmill bench model " + " ".join(sys.argv[3:]),
+        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end; on {device}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
+        },
+        "repetitions": command.repetitions,
+        "threads": command.threads,
+        "clip": f"{command.frames}x{command.size}x{command.size} (or the nearest on a model's grid)",
+    }
+
+
+def to_markdown(result: Json) -> Iterator[str]:
+    """The whole page."""
+    about = result["about"]
+    yield from ("# Model benchmark", "", f"- command: `{about['command']}`", f"- date: {about['date']}")
+    yield f"- hardware: {about['hardware']}; {about['threads']} threads"
+    yield f"- versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
+    yield f"- one clip of {about['clip']}, random weights; medians of {about['repetitions']} after a warm-up"
+    yield "- plain: the model's own call on the whole clip; streamed: canonical chunks of at least 8 frames"
+    yield "- share: of the rate of a large matrix product in the same process"
+    yield ""
+    yield "| model | encoder / decoder, M | dtype | how | kMAC/pixel | frames/s | peak MiB | share |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in result["rows"]:
+        how = row["how"] + (", compiled" if row["compiled"] else "")
+        if "error" in row:
+            yield f"| {row['model']} | | {row['dtype']} | {how} | {row['error']} | | | |"
+            continue
+        sizes = f"{row['encoder'] / 1e6:.1f} / {row['decoder'] / 1e6:.1f}"
+        kmacs = "" if row["kmacs_per_pixel"] is None else f"{row['kmacs_per_pixel']:.0f}"
+        share = "" if row["matrix_share"] is None else f"{row['matrix_share']:.0%}"
+        yield (
+            f"| {row['model']} | {sizes} | {row['dtype']} | {how} | {kmacs} | {row['frames_per_second']:.1f} | "
+            f"{row['peak_mib']:.0f} | {share} |"
+        )
+    yield from ("", "## Memory of a streamed encode and length: tiny-4x8x8x16 at 128x128", "")
+    yield from ("| frames | peak MiB of the process |", "|---|---|")
+    for row in result["lengths"]:
+        yield f"| {row['frames']} | {row['peak_mib']:.1f} |"
+
+
+def _speed(cell: Json) -> str:
+    return cell["error"] if "error" in cell else f"{cell['frames_per_second']:.1f} frames/s"

@@ -1,0 +1,175 @@
+"""One autoencoder encoding random clips one way, in a process of its own, so that its memory is its own.
+
+In:   JSON on stdin: {"model", "how", "compiled", "dtype", "device", "frames", "size", "repetitions", "threads"}.
+      how: "plain", the model's own call on the whole clip; "streamed", canonical chunks; "length", chunks that are made
+      when they are wanted, so that memory is the model's and the latent's alone.
+Out:  JSON on stdout: parameters, kMAC per pixel, frames per second, peak MiB, share of the device's matrix rate; or
+      {"error"}.
+Cost: what is measured; the full-size models need up to 10 GB.
+Errors: a model that cannot be built or run so becomes {"error"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.autoencoder import CausalAutoencoder
+from models.config import PRESETS, ModelConfig
+from models.native import NativeBackend
+from models.pretrained import real_configs
+from models.spec import Geometry
+from models.streamed import EncodesChunks, default_chunk_frames
+
+Json = dict[str, Any]
+Encode = Callable[[Tensor], Tensor]
+
+
+def build(name: str) -> tuple[nn.Module, Geometry, Encode, EncodesChunks | None]:
+    """A model with random weights: module, geometry, its own call on a whole clip, and its streaming side if any."""
+    torch.manual_seed(0)
+    if name in PRESETS:
+        model = CausalAutoencoder(ModelConfig(PRESETS[name])).eval()
+        return model, model.config.geometry, lambda clip: model.encode(clip).mean, NativeBackend(model)
+    import diffusers
+
+    from models.pretrained.directory import RULES
+
+    class_name, arguments = real_configs()[name]
+    vae: Any = getattr(diffusers, class_name)(**arguments).eval()
+    rule, config = RULES[class_name], dict(vae.config)
+    geometry = rule.geometry(config)
+    if rule.whole is not None:
+        whole = rule.whole(vae)
+        return vae, geometry, lambda clip: whole.encode(clip).mean, None
+    assert rule.streamed is not None
+    return vae, geometry, lambda clip: rule.reference(vae, clip), rule.streamed(vae)
+
+
+def stream(backend: EncodesChunks, chunks: Iterable[Tensor]) -> Tensor:
+    """The latent of a clip that comes in chunks."""
+    state, means = None, []
+    for chunk in chunks:
+        posterior, state = backend.encode_chunk(chunk, state)
+        means.append(posterior.mean)
+    return torch.cat(means, dim=2)
+
+
+def measure(spec: Json) -> Json:
+    """Build, warm up, repeat; medians."""
+    torch.set_num_threads(spec["threads"])
+    device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
+    model, geometry, plain, backend = build(spec["model"])
+    if spec["how"] != "plain" and backend is None:
+        return {"error": "takes whole clips only"}
+    model.requires_grad_(requires_grad=False)
+    nn.Module.to(model, device, dtype)
+    if spec["compiled"]:
+        model.encoder.compile()  # type: ignore[union-attr]
+    frames = geometry.frames_on_grid(spec["frames"])
+    size = -(-spec["size"] // geometry.spatial_stride) * geometry.spatial_stride
+    pixels = frames * size * size
+    chunk_frames = default_chunk_frames(geometry)
+
+    def noise(num_frames: int) -> Tensor:
+        return torch.rand(1, 3, num_frames, size, size, device=device, dtype=dtype) * 2 - 1
+
+    def noise_in_chunks() -> Iterator[Tensor]:
+        yield from map(noise, _chunks(frames, chunk_frames))
+
+    clip = noise(1 if spec["how"] == "length" else frames)
+
+    def encode() -> Tensor:
+        if backend is None or spec["how"] == "plain":
+            return plain(clip)
+        if spec["how"] == "length":
+            return stream(backend, noise_in_chunks())
+        return stream(backend, _split(clip, _chunks(frames, chunk_frames)))
+
+    with torch.inference_mode():
+        kmacs = None if spec["compiled"] or spec["how"] == "length" else _count_macs(encode) / pixels / 1e3
+        if spec["how"] != "length":
+            encode()
+        seconds = statistics.median(_seconds(encode, device) for _ in range(spec["repetitions"]))
+    rate = None if kmacs is None else 2e3 * kmacs * pixels / seconds / _matrix_rate(device, dtype)
+    parameters = {half: sum(p.numel() for p in getattr(model, half).parameters()) for half in ("encoder", "decoder")}
+    return {
+        **parameters,
+        "shape": [frames, size, size],
+        "kmacs_per_pixel": kmacs,
+        "frames_per_second": frames / seconds,
+        "peak_mib": _peak_mib(device),
+        "matrix_share": rate,
+    }
+
+
+def _split(clip: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    pieces: tuple[Tensor, ...] = torch.split(clip, sizes, dim=2)
+    return pieces
+
+
+def _chunks(frames: int, chunk_frames: int) -> list[int]:
+    return [1, *(min(chunk_frames, frames - start) for start in range(1, frames, chunk_frames))]
+
+
+def _count_macs(encode: Callable[[], Tensor]) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        encode()
+    return float(counter.get_total_flops()) / 2
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    began = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - began
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second of a large matrix product here: what 100 % would be."""
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = min(_seconds(lambda: left @ right, device) for _ in range(5))
+    return 2.0 * side * side * side / seconds
+
+
+def _peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Not ru_maxrss: a child takes that over from the process that started it.
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) / 1024
+
+
+def main() -> None:
+    """Measure once."""
+    reply = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print
+    try:
+        result = measure(json.load(sys.stdin))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        result = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
+    print(json.dumps(result), file=reply, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Bottlenecks: records (config), the interface, and one module per family."""

@@ -1,0 +1,58 @@
+"""The model benchmark: whole and streamed, a way that a model cannot run, and names that are not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.__main__ import main
+from jobs.bench_model_child import measure
+from models.config import preset
+from models.cost import kmacs_per_pixel, parameters
+
+SPEC = {
+    "model": "tiny-4x8x8x16",
+    "how": "streamed",
+    "compiled": False,
+    "dtype": "float32",
+    "device": "cpu",
+    "frames": 10,
+    "size": 30,
+    "repetitions": 1,
+    "threads": 1,
+}
+
+
+def test_a_small_run_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--models", "tiny-4x8x8x16", "--frames", "9", "--size", "32", "--repetitions", "1", "--threads", "1"]
+    assert main(["bench", "model", "--output", str(tmp_path), "--hardware", "here", "--no-compile", *flags]) == 0
+    (path,) = tmp_path.glob("model_here_*.json")
+    result = json.loads(path.read_text())
+    assert [(row["how"], row["dtype"]) for row in result["rows"]] == [
+        ("plain", "float32"),
+        ("streamed", "float32"),
+        ("plain", "bfloat16"),
+        ("streamed", "bfloat16"),
+    ]
+    assert all(row["frames_per_second"] > 0 and row["peak_mib"] > 50 for row in result["rows"])
+    short, long = result["lengths"]
+    assert long["frames"] == 1025
+    assert long["peak_mib"] <= 1.15 * short["peak_mib"]
+    assert path.with_suffix(".md").read_text().strip() in capsys.readouterr().out
+
+
+def test_what_is_measured_is_the_model() -> None:
+    row = measure(SPEC)
+    config = preset("tiny-4x8x8x16")
+    assert row["shape"] == [9, 32, 32]
+    assert (row["encoder"], row["decoder"]) == (parameters(config, "encoder"), parameters(config, "decoder"))
+    assert row["kmacs_per_pixel"] == pytest.approx(kmacs_per_pixel(config, "encoder"), rel=0.15)  # the leading frame
+
+
+def test_an_unknown_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "model", "--output", str(tmp_path), "--models", "wan-9"]) == 2
+    assert "--models wan-9: use some of tiny-4x8x8x16" in capsys.readouterr().err
+    assert main(["bench", "model", "--output", str(tmp_path / "none"), "--models", "wan-2.1"]) == 2
+    assert "is no directory" in capsys.readouterr().err
