@@ -1,7 +1,7 @@
 """Small generated media for everyone's tests: videos whose every frame carries its number, and broken files.
 
 In:   codec, container, size, rate, presentation times.
-Out:  bytes of a whole file; `read_number` says which frame a decoded picture is.
+Out:  bytes of a whole file, the same for the same arguments; `read_number` says which frame a decoded picture is.
 Cost: 1 to 5 ms per frame of 96 x 96 pixels.
 Errors: ValueError from `read_number` when a picture is no numbered frame, or not upright.
 """
@@ -29,12 +29,14 @@ NUMBER_BITS = 12
 _CELLS = 4
 _UPRIGHT = (1, 0, 0, 0)  # the last row of cells: a turned or mirrored picture reads differently
 _DARK, _BRIGHT = 40, 215
-_QUIET = {
+_STEADY = {
+    "libx264": {"x264-params": "cpu-independent=1"},  # else its bytes differ from run to run
     "libx265": {"x265-params": "log-level=none", "preset": "ultrafast"},
     "libsvtav1": {"preset": "8"},  # SVT-AV1 4.1 makes broken streams of our pictures with 10 and above
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "16"},
 }
+_NO_RANDOM_IDS = {"fflags": "+bitexact"}
 
 
 def numbered_picture(number: int, width: int = 96, height: int = 96) -> np.ndarray:
@@ -110,7 +112,7 @@ def numbered_video(
     times = pts_ms if pts_ms is not None else [round(i / Fraction(fps) / time_base) for i in range(num_frames)]
     # A real file, because `movflags=faststart` opens it a second time.
     with tempfile.NamedTemporaryFile() as file:
-        with av.open(file.name, "w", format=container, options=container_options or {}) as output:
+        with av.open(file.name, "w", format=container, options=_NO_RANDOM_IDS | (container_options or {})) as output:
             stream = output.add_stream(codec, rate=Fraction(fps))
             assert isinstance(stream, VideoStream)
             stream.width, stream.height = size if rotation_degrees % 180 == 0 else size[::-1]
@@ -119,7 +121,7 @@ def numbered_video(
             stream.codec_context.sample_aspect_ratio = pixel_aspect
             stream.codec_context.gop_size = 12
             stream.codec_context.thread_count = 1
-            stream.options = _QUIET.get(codec, {}) | (codec_options or {})
+            stream.options = _encoder_options(codec, codec_options or {})
             if colour is not None:
                 colour.tag(stream.codec_context)
             if rotation_degrees:
@@ -134,6 +136,13 @@ def numbered_video(
                 output.mux(stream.encode(frame))
             output.mux(stream.encode(None))
         return Path(file.name).read_bytes()
+
+
+def _encoder_options(codec: str, given: dict[str, str]) -> dict[str, str]:
+    """What keeps the encoder quiet and its bytes the same, then what was asked for, which counts in a conflict."""
+    steady = _STEADY.get(codec, {})
+    both = {key: f"{steady[key]}:{given[key]}" for key in steady.keys() & given.keys() if key.endswith("-params")}
+    return steady | given | both
 
 
 def _stored_picture(number: int, size: tuple[int, int], pixel_aspect: Fraction, rotation_degrees: int) -> np.ndarray:

@@ -193,7 +193,7 @@ def ask_all(backend: str, folder: Path) -> Iterator[tuple[str, Answer]]:
 
 
 def _concerns(backend: str, case: Case | BrokenCase) -> bool:
-    return (backend == "pillow") == (case.kind == "image")
+    return (backend == "pillow") == (case.kind == "image" or case.container == "webp")
 
 
 def measured(backend: str, source: MediaSource) -> Answer:

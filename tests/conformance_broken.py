@@ -90,6 +90,7 @@ _DAMAGED: dict[tuple[str, str], dict[str, Any]] = {
     ("mp4", "mpeg4"): {"codec": "mpeg4"},
     ("mp4", "mjpeg"): {"codec": "mjpeg", "pixel_format": "yuvj420p"} | _MOV,
     ("avi", "mpeg4"): {"codec": "mpeg4", "container": "avi"},
+    ("webp", "webp"): {"codec": "libwebp_anim", "container": "webp", "pixel_format": "bgra"},
     ("gif", "gif"): {"codec": "gif", "container": "gif", "pixel_format": "rgb8"},
 }
 
@@ -120,6 +121,7 @@ def _foreign() -> list[BrokenCase]:
         "empty": lambda: [b""],
         "random bytes": lambda: [np.random.default_rng(0).bytes(20_000)],
         "a video by a picture's name": lambda: [numbered_video(3)],
+        "HEIC": lambda: [b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)],
         "cut at 12 places": lambda: [cut for name in ("png", "jpeg", "webp") for cut in _cuts(_still(name))],
         "bytes replaced at 12 places": lambda: [cut for name in ("png", "webp") for cut in _scars(_still(name))],
     }

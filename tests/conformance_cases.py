@@ -125,8 +125,8 @@ def _special(container: str, codec: str, feature: str, make: Callable[[], bytes]
 
 
 _OPEN = {"x264-params": "open-gop=1:bframes=3"}
-_HEVC_CLOSED = {"x265-params": "log-level=none:open-gop=0", "preset": "ultrafast"}
-_HEVC_OPEN = {"x265-params": "log-level=none:open-gop=1:bframes=4:keyint=12", "preset": "ultrafast"}
+_HEVC_CLOSED = {"x265-params": "open-gop=0"}
+_HEVC_OPEN = {"x265-params": "open-gop=1:bframes=4:keyint=12"}
 _HEVC: dict[str, Any] = {"codec": "libx265"}
 _MKV, _MOV, _WEBM, _TS = ({"container": name} for name in ("matroska", "mov", "webm", "mpegts"))
 _BARS = Colour(bar_alpha=128, tagged=False)
@@ -260,7 +260,14 @@ def _other_codecs() -> list[Case]:
         _video("gif", "gif", "variable rate", codec="gif", container="gif", pixel_format="rgb8", pts_ms=HUNDREDTHS_MS),
         _video("apng", "apng", "constant rate", codec="apng", container="apng", pixel_format="rgb24"),
         _video("apng", "apng", "alpha", codec="apng", container="apng", pixel_format="rgba", colour=_BARS),
-        _video("webp", "webp", "animated", codec="libwebp_anim", container="webp", pixel_format="bgra"),
+        *[
+            _video("webp", "webp", feature, codec="libwebp_anim", container="webp", pixel_format="bgra", **how)
+            for feature, how in (
+                ("animated", {}),
+                ("animated, variable rate", {"pts_ms": VARIABLE_MS}),
+                ("animated, alpha", {"colour": _BARS}),
+            )
+        ],
     ]
 
 

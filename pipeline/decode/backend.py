@@ -31,6 +31,9 @@ from pipeline.decode.records import (
 )
 from pipeline.errors import DecodeError
 
+# What a back end does not report unless it saw it.
+_SEEN_DAMAGE = ("corrupt_frame", "lost_frame", "lost_packets", "short_video")
+
 
 @dataclasses.dataclass(frozen=True)
 class TimedFrame:
@@ -84,11 +87,15 @@ def damage(source: MediaSource, reason: str, text: str) -> DecodeError:
 
 
 def choose_backend(source: MediaSource, decoder: str) -> Backend:
-    """Pillow for images, whatever `decoder` says; for videos the decoder of that name, PyAV for a probe ("auto")."""
+    """Pillow for images, whatever `decoder` says; for videos the back end of that name, PyAV for "auto"."""
     if source.kind == "image":
         from pipeline.decode.image import PillowBackend
 
         return PillowBackend()
+    if decoder == "pillow":
+        from pipeline.decode.animation import AnimationBackend
+
+        return AnimationBackend()
     if decoder == "decord":
         from pipeline.decode.decord_backend import DecordBackend
 
@@ -104,7 +111,14 @@ def choose_backend(source: MediaSource, decoder: str) -> Backend:
 
 def probe_media(source: MediaSource, limits: DecodeLimits) -> MediaInfo:
     """Probe in this process. Raises DecodeError or ShardError."""
-    return choose_backend(source, "auto").probe(source, limits)
+    from pipeline.decode.animation import is_webp
+
+    try:
+        return choose_backend(source, "auto").probe(source, limits)
+    except DecodeError as error:
+        if error.reason == "not_media" and source.kind == "video" and is_webp(source):
+            return choose_backend(source, "pillow").probe(source, limits)
+        raise
 
 
 def new_frames(request: DecodeRequest) -> list[np.ndarray]:
@@ -119,7 +133,7 @@ def decode_windows(
     """Decode in this process, into `out` (per window uint8 T H W 3) when given.
 
     With the decoder "auto", what one back end cannot decode is given to the next one that is proven for such videos;
-    the first one's error stands where none can.
+    the first one's error stands where none can, and where it tells of the file itself: another one may not notice.
 
     Raises:
         ShardError: the source cannot be opened.
@@ -131,11 +145,11 @@ def decode_windows(
     out = out or new_frames(request)
     names = backend_names(request.source, request.decoder, limits)
     outcomes = list(decode_with(choose_backend(request.source, next(names)), request, limits, out))
-    while (left := [i for i, outcome in enumerate(outcomes) if _is_damage(outcome)]) and (name := next(names, None)):
+    while (left := [i for i, outcome in enumerate(outcomes) if _is_open(outcome)]) and (name := next(names, None)):
         part = dataclasses.replace(request, windows=tuple(request.windows[i] for i in left))
         again = decode_with(choose_backend(request.source, name), part, limits, [out[i] for i in left])
         for i, outcome in zip(left, again, strict=True):
-            outcomes[i] = outcome if isinstance(outcome, DecodedClip) else outcomes[i]
+            outcomes[i] = outcomes[i] if _is_damage(outcome) else outcome
     return tuple(outcomes)
 
 
@@ -204,6 +218,11 @@ def _piece(request: DecodeRequest, window: Window, out: np.ndarray | None) -> _F
 
 def _is_damage(outcome: DecodeOutcome) -> bool:
     return isinstance(outcome, DecodeError) and outcome.reason != "past_end"
+
+
+def _is_open(outcome: DecodeOutcome) -> bool:
+    """Whether another back end may do better."""
+    return isinstance(outcome, DecodeError) and outcome.reason not in ("past_end", *_SEEN_DAMAGE)
 
 
 def _decode_together(

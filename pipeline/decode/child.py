@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -49,6 +50,8 @@ def serve(arena: Arena, limits: DecodeLimits) -> None:
         reply = answers.to(message)
         faulthandler.cancel_dump_traceback_later()
         _send(replies, reply)
+        if not answers.has_stream:
+            _drop_cycles()
 
 
 class Answers:
@@ -57,6 +60,11 @@ class Answers:
     def __init__(self, arena: Arena, limits: DecodeLimits) -> None:
         self._arena, self._limits = arena, limits
         self._stream: _Stream | None = None
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether a stream may go on."""
+        return self._stream is not None
 
     def to(self, message: Json) -> Json:
         """The reply to one message."""
@@ -107,6 +115,15 @@ class _Stream:
         out[...] = clip.frames
         self.position += len(out)
         return clip
+
+
+def _drop_cycles() -> None:
+    """Free the decoders that are done: PyAV's containers lie in cycles, which keep some 50 MB of frames.
+
+    What is left is imported modules, which need no look the next time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _private_stdout() -> IO[bytes]:

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.decode.animation import is_webp
+from pipeline.decode.container import open_video
 from pipeline.decode.limits import DecodeLimits
-from pipeline.decode.pyav import open_video
 from pipeline.decode.records import MediaSource
 from pipeline.errors import DecodeError
 
@@ -30,6 +31,7 @@ Verdict = Literal["exact", "unsupported", "error", "crash", "wrong"]
 TABLE_PATH = Path(__file__).with_name("conformance.json")
 RANKED = ("pyav", "decord")
 FALLBACK = "pyav"
+FOR_WEBP = "pillow"  # FFmpeg cannot even open an animated one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _order_for(source: MediaSource, limits: DecodeLimits) -> tuple[str, ...]:
         with open_video(source, limits) as video:
             return checked_in_table().order(video.container_name, video.stream.codec_context.codec.canonical_name)
     except DecodeError:
-        return (FALLBACK,)
+        return (FOR_WEBP,) if is_webp(source) else (FALLBACK,)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 In:   a byte range that holds a PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF or PPM.
 Out:  MediaInfo; one frame: the first picture, upright by its EXIF orientation, alpha over black, 8 bits.
 Cost: the whole file and the whole picture in memory.
-Errors: DecodeError `not_media`, `too_large`, `decode_error`; ShardError from the storage.
+Errors: DecodeError `not_media`, `too_large`, `decode_error`, `unsupported_heic`; ShardError from the storage.
 
 Colour profiles are not applied: values are taken as sRGB.
 """
@@ -28,6 +28,7 @@ from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
 from pipeline.storage import open_range
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 _EXIF_ORIENTATION = 0x0112
 _CLOCKWISE_DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 # What Pillow's parsers raise on broken files.
@@ -40,7 +41,7 @@ class PillowBackend:
     name = "pillow"
 
     def probe(self, source: MediaSource, limits: DecodeLimits) -> MediaInfo:
-        image = _open(source, limits)
+        image = open_image(source, limits)
         degrees = _CLOCKWISE_DEGREES.get(_exif_orientation(source, image), 0)
         width, height = image.size if degrees % 180 == 0 else image.size[::-1]
         name = (image.format or "").lower()
@@ -59,9 +60,9 @@ class PillowBackend:
         )
 
     def frames(self, source: MediaSource, shape: ClipShape, limits: DecodeLimits) -> Iterator[TimedFrame]:
-        image = _open(source, limits)
-        with _decode_errors(source):
-            picture = _opaque_rgb(ImageOps.exif_transpose(image))
+        image = open_image(source, limits)
+        with decode_errors(source):
+            picture = opaque_rgb(ImageOps.exif_transpose(image))
         height, width = picture.shape[:2]
         try:
             fitter = FrameFitter(shape, width, height, Fraction(1), Orientation(), limits.max_pixels)
@@ -72,7 +73,7 @@ class PillowBackend:
 
 
 @contextlib.contextmanager
-def _decode_errors(source: MediaSource) -> Iterator[None]:
+def decode_errors(source: MediaSource) -> Iterator[None]:
     """Pillow's exceptions become DecodeError; what it merely warns of, broken EXIF above all, is let pass."""
     try:
         with warnings.catch_warnings():
@@ -87,11 +88,15 @@ def _decode_errors(source: MediaSource) -> Iterator[None]:
         raise damage(source, "decode_error", _text(error)) from error
 
 
-def _open(source: MediaSource, limits: DecodeLimits) -> Image.Image:
+def open_image(source: MediaSource, limits: DecodeLimits) -> Image.Image:
     """The image's header; nothing is decoded yet."""
     with open_range(source.path, source.offset, source.size_bytes) as file:
         data = file.read()
-    with _decode_errors(source):
+    if _is_heic(data):
+        raise damage(
+            source, "unsupported_heic", "neither Pillow nor FFmpeg puts HEIC together; convert it, to AVIF say"
+        )
+    with decode_errors(source):
         Image.open(BytesIO(data), formats=_FORMATS).verify()  # PNG's checksums, which loading passes over
         image = Image.open(BytesIO(data), formats=_FORMATS)
     if image.width * image.height > limits.max_pixels:
@@ -100,12 +105,19 @@ def _open(source: MediaSource, limits: DecodeLimits) -> Image.Image:
     return image
 
 
+def _is_heic(data: bytes) -> bool:
+    """By the brands of its `ftyp` box (ISO/IEC 23008-12, 10.2), of which AVIF has others."""
+    size = int.from_bytes(data[:4], "big")
+    brands = {data[start : start + 4] for start in (8, *range(16, min(size, len(data), 256), 4))}
+    return data[4:8] == b"ftyp" and bool(brands & _HEIC_BRANDS)
+
+
 def _exif_orientation(source: MediaSource, image: Image.Image) -> int:
-    with _decode_errors(source):
+    with decode_errors(source):
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
 
 
-def _opaque_rgb(image: Image.Image) -> np.ndarray:
+def opaque_rgb(image: Image.Image) -> np.ndarray:
     """Uint8 H W 3."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)

@@ -1,8 +1,8 @@
 """The outline of an mp4 or mov file.
 
 In:   a seekable file.
-Out:  whether it is fragmented: whether its header's index leaves out frames that lie in `moof` boxes.
-Cost: 16 bytes per top-level box; a fragmented file is known at its first fragment.
+Out:  whether its header's index names all frames, or leaves out some that lie in `moof` boxes.
+Cost: 16 bytes per top-level box; a fragmented file is known at its first fragment, any other kind at its first box.
 Errors: none; a broken outline ends the walk, as it does for FFmpeg.
 """
 
@@ -11,14 +11,17 @@ from __future__ import annotations
 import struct
 from typing import IO
 
+_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"pnot")
 
-def is_fragmented(file: IO[bytes]) -> bool:
-    """Whether a top-level `moof` box exists (ISO/IEC 14496-12, 8.8.4). The file's position is kept."""
+
+def is_indexed(file: IO[bytes]) -> bool:
+    """Whether there is a `moov` box and no `moof` box (ISO/IEC 14496-12, 8.2.1, 8.8.4). The file's position is kept."""
     position = file.tell()
     try:
-        return b"moof" in _top_level_boxes(file)
+        kinds = _top_level_boxes(file)
     finally:
         file.seek(position)
+    return b"moov" in kinds and b"moof" not in kinds
 
 
 def _top_level_boxes(file: IO[bytes]) -> list[bytes]:
@@ -33,7 +36,7 @@ def _top_level_boxes(file: IO[bytes]) -> list[bytes]:
         if size == 1 and len(header) == 16:
             size = struct.unpack(">Q", header[8:])[0]
         kinds.append(kind)
-        if size < 8:
+        if size < 8 or kinds[0] not in _FIRST_BOXES:
             break
         start += size
     return kinds

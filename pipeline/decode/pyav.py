@@ -15,43 +15,22 @@ high: interlaced H.264 with one field per packet, and MPEG-4 in AVI with packed 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import IO
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from pipeline.decode.backend import TimedFrame, damage
+from pipeline.decode.container import OpenVideo, open_video
 from pipeline.decode.fit import FrameFitter, Orientation, display_size
 from pipeline.decode.limits import DecodeLimits
-from pipeline.decode.mp4 import is_fragmented
+from pipeline.decode.packets import demuxed, frames_of
 from pipeline.decode.records import ClipShape, Grid, MediaInfo, MediaSource
 from pipeline.decode.seek import Target, targets
 from pipeline.decode.seek_pyav import SEEKABLE_CONTAINERS, NotExactError, SeekingWalk, codec_of, is_shown
-from pipeline.errors import UnitError
-from pipeline.storage import open_range
-
-# FFmpeg's demuxers that may see the data, and what they are called in MediaInfo. No playlist, no text, no device: such
-# formats name other files, which FFmpeg would open and show.
-CONTAINERS = {
-    "mov,mp4,m4a,3gp,3g2,mj2": "mp4",
-    "matroska,webm": "mkv",
-    "mpegts": "mpegts",
-    "avi": "avi",
-    "gif": "gif",
-    "apng": "apng",
-    "flv": "flv",
-    "asf": "asf",
-    "mpeg": "mpeg",
-    "ogg": "ogg",
-}
-_OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
 
 
 class PyAVBackend:
@@ -82,58 +61,31 @@ class PyAVBackend:
         self, source: MediaSource, shape: ClipShape, limits: DecodeLimits, grid: Grid, positions: Sequence[range]
     ) -> Iterator[TimedFrame]:
         last = Target.at(grid, positions[-1][-1])
-        with open_video(source, limits) as video:
+        with open_video(source, limits, header_only=True) as video:
             if video.container_name not in SEEKABLE_CONTAINERS:
                 raise NotExactError
             walk = SeekingWalk(video, last, lambda: open_video(source, limits))
-            frames = _timed(video, _checked(video, walk), shape, limits)
-            yield from _up_to_each(targets(grid, positions), frames, walk.approach)
+            frames = _timed(video, _checked(video, walk), shape, limits, walk.first_pts)
+            yield from _up_to_each(targets(grid, positions), frames, walk)
             yield from frames
 
 
-def _up_to_each(
-    wanted: Iterable[Target], frames: Iterator[TimedFrame], approach: Callable[[Target], None]
-) -> Iterator[TimedFrame]:
+def _up_to_each(wanted: Iterable[Target], frames: Iterator[TimedFrame], walk: SeekingWalk) -> Iterator[TimedFrame]:
     """The frames of a walk, which is brought near each target in turn."""
-    frame = next(frames, None)
-    if frame is None:
-        return
-    yield frame
+    frame = None
+    if walk.first_pts is None:
+        frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame
     for target in wanted:
-        if not target.is_done(frame):
-            approach(target)
-        while not target.is_done(frame):
+        if frame is None or not target.is_done(frame):
+            walk.approach(target)
+        while frame is None or not target.is_done(frame):
             frame = next(frames, None)
             if frame is None:
                 return
             yield frame
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenVideo:
-    """An open container, its chosen stream and where it came from."""
-
-    source: MediaSource
-    file: IO[bytes]
-    container: InputContainer
-    stream: VideoStream
-    num_video_streams: int
-
-    @property
-    def container_name(self) -> str:
-        """One of CONTAINERS' values."""
-        return CONTAINERS[self.container.format.name]
-
-    @property
-    def tick_seconds(self) -> Fraction:
-        """The unit of the stream's timestamps."""
-        return self.stream.time_base or Fraction(1, 1_000_000)
-
-    @property
-    def pixel_aspect(self) -> Fraction:
-        """Width over height of a pixel; 1 when not told."""
-        aspect = self.stream.sample_aspect_ratio
-        return Fraction(aspect) if aspect and aspect > 0 else Fraction(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,56 +99,18 @@ class _Pixels:
         return self.fitter(self.frame)
 
 
-@contextlib.contextmanager
-def open_video(source: MediaSource, limits: DecodeLimits) -> Iterator[OpenVideo]:
-    """The container and FFmpeg's best video stream; FFmpeg's errors inside the block become DecodeError.
-
-    Raises:
-        DecodeError: not media, no video stream, too large, or whatever FFmpeg reports inside the block.
-        ShardError: the file cannot be opened.
-        UnitError: reading it broke off.
-    """
-    with open_range(source.path, source.offset, source.size_bytes) as file, _decode_errors(source, "decode_error"):
-        with _decode_errors(source, "not_media"):
-            container = av.open(file, mode="r", container_options=_OPTIONS, metadata_errors="replace")
-        with container:
-            yield _select(source, file, container, limits)
-
-
-@contextlib.contextmanager
-def _decode_errors(source: MediaSource, reason: str) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError:
-        raise  # FFmpeg's ENOMEM is both; it is this process's trouble
-    except av.FFmpegError as error:
-        raise damage(source, reason, error.strerror or type(error).__name__) from error
-    except OSError as error:  # not FFmpeg's: our file's
-        raise UnitError(f"cannot read {source.path}: {error.strerror}") from error
-
-
-def _select(source: MediaSource, file: IO[bytes], container: InputContainer, limits: DecodeLimits) -> OpenVideo:
-    shown = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    best = container.streams.best("video")
-    if not shown:
-        raise damage(source, "no_video_stream", f"{len(container.streams)} streams, none of them video")
-    stream = next((stream for stream in shown if stream is best), shown[0])
-    if stream.codec_context is None:
-        raise damage(source, "decode_error", "there is no decoder for the video stream")
-    if stream.metadata.get("alpha_mode") == "1":  # VP8 and VP9; FFmpeg's decoder would show what lies under it
-        raise damage(source, "unsupported_alpha", "the picture has an alpha channel in a stream beside it")
-    if stream.width * stream.height > limits.max_pixels:
-        raise damage(
-            source, "too_large", f"frames of {stream.width}x{stream.height}, the limit is {limits.max_pixels} pixels"
-        )
-    stream.codec_context.thread_count = 1
-    return OpenVideo(source, file, container, stream, len(shown))
-
-
 def checked_frames(video: OpenVideo) -> Iterator[av.VideoFrame]:
     """All shown frames. Raises DecodeError for one that is damaged or has another size than the first."""
-    for _, frame in _checked(video, enumerate(video.container.decode(video.stream))):
+    for _, frame in _checked(video, enumerate(_all_frames(video))):
         yield frame
+
+
+def _all_frames(video: OpenVideo) -> Iterator[av.VideoFrame]:
+    began = False
+    for packet in demuxed(video):
+        for frame in frames_of(video, packet, began=began):
+            began = True
+            yield frame
 
 
 def _checked(video: OpenVideo, frames: Iterable[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -212,9 +126,14 @@ def _checked(video: OpenVideo, frames: Iterable[tuple[int, av.VideoFrame]]) -> I
 
 
 def _timed(
-    video: OpenVideo, frames: Iterable[tuple[int, av.VideoFrame]], shape: ClipShape, limits: DecodeLimits
+    video: OpenVideo,
+    frames: Iterable[tuple[int, av.VideoFrame]],
+    shape: ClipShape,
+    limits: DecodeLimits,
+    first_pts: int | None = None,
 ) -> Iterator[TimedFrame]:
-    first, fitter, before = None, None, None
+    """With their times since `first_pts`; by default since the first of them, which then is the video's first."""
+    first, fitter, before = first_pts, None, None
     for index, frame in frames:
         # AVI has no presentation times, only a rate; what FFmpeg guesses is out of order with B-frames.
         pts = index if video.container_name == "avi" else frame.pts
@@ -223,8 +142,8 @@ def _timed(
         if before is not None and pts < before:
             raise damage(video.source, "unordered_timestamps", f"frame {index} is dated before the frame before it")
         before = pts
-        if first is None or fitter is None:
-            first, fitter = pts, _fitter(video, frame, shape, limits)
+        first = pts if first is None else first
+        fitter = fitter or _fitter(video, frame, shape, limits)
         tick = video.tick_seconds
         yield TimedFrame(index, (pts - first) * tick, tick, _Pixels(frame, fitter))
 
@@ -246,20 +165,19 @@ def _fitter(video: OpenVideo, frame: av.VideoFrame, shape: ClipShape, limits: De
 
 
 def _probe(video: OpenVideo, limits: DecodeLimits) -> MediaInfo:
-    indexed = video.container_name == "mp4" and not is_fragmented(video.file)
     tally = _Tally(video)
     frame = None
     for packet in video.container.demux(video.stream):
         if frame is None:
             frame = next(iter(packet.decode()), None)
-        if indexed and frame is not None:
+        if video.is_indexed and frame is not None:
             break
         tally.add(packet)
         if tally.num_frames > limits.max_frames:
             raise damage(video.source, "too_large", f"more than {limits.max_frames} frames")
     if frame is None:
         raise damage(video.source, "decode_error", "no frame can be decoded")
-    if indexed:
+    if video.is_indexed:
         tally.num_frames = sum(not entry.is_discard for entry in video.stream.index_entries)
         return _media_info(video, frame, tally.num_frames, float((video.stream.duration or 0) * video.tick_seconds))
     return _media_info(video, frame, tally.num_frames, tally.seconds)

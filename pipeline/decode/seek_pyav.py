@@ -2,13 +2,15 @@
 
 In:   an open video, Targets.
 Out:  (index, frame) in presentation order, the same that decoding all of it gives.
-Cost: mp4 and mov: a seek per jump, by the header's index. Other containers: two passes over the packets up to the last
-    target, of which only those between a key frame and its target are decoded.
+Cost: mp4 and mov: a seek per jump, by the header's index, and nothing decoded before the first one. Other containers:
+    two passes over the packets up to the last target, of which only those between a key frame and its target are
+    decoded.
 Errors: NotExactError where the proof fails: the caller decodes from the start. FFmpeg's errors pass.
 
 The proof: a key packet is found again by its time stamp and is a clean start (pipeline.decode.seek). Its index is the
 number of shown packets before it in the file, plus its leading ones, which come after it and are shown before it. From
-there the decoder has to return exactly one frame for every shown packet, in the order of presentation times.
+there the decoder has to return exactly one frame for every shown packet, in the order of presentation times. Frame 0
+need not be decoded to know its time where the first packet is a clean start without leading ones.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING
 import av
 
 from pipeline.decode.backend import damage
-from pipeline.decode.mp4 import is_fragmented
+from pipeline.decode.packets import demuxed, frames_of
 from pipeline.decode.seek import (
     MIN_JUMP_FRAMES,
     SEEKABLE_CODECS,
@@ -37,7 +39,7 @@ from pipeline.decode.seek import (
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
-    from pipeline.decode.pyav import OpenVideo
+    from pipeline.decode.container import OpenVideo
 
     Packet = av.Packet[VideoStream]
 
@@ -59,6 +61,8 @@ class NotExactError(Exception):
 class SeekingWalk:
     """A video's frames, from the first on; `approach` jumps ahead.
 
+    first_pts: when the first frame is shown. None until it is decoded, unless the packets tell by themselves.
+
     Args:
         video: freshly opened.
         last: nothing beyond it will be approached.
@@ -67,12 +71,12 @@ class SeekingWalk:
 
     def __init__(self, video: OpenVideo, last: Target, reopen: Callable[[], AbstractContextManager[OpenVideo]]) -> None:
         self._video, self._last, self._reopen = video, last, reopen
-        self._packets: Iterator[Packet] = video.container.demux(video.stream)
+        self.first_pts, self._packets = _known_start(video, demuxed(video))
         self._frames: Iterator[tuple[int, av.VideoFrame]] = enumerate(_proven_frames(video, self._packets, None))
         self._keys: KeyFrames | None = None
-        self._by_index = False
-        self._next_index = self._first_pts = self._pts = 0
+        self._next_index, self._pts = 0, self.first_pts or 0
         self._jumps = codec_of(video) in SEEKABLE_CODECS and video.stream.codec_context.field_order in _PROGRESSIVE
+        self._header_size = (video.stream.width, video.stream.height)
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
         return self
@@ -80,10 +84,16 @@ class SeekingWalk:
     def __next__(self) -> tuple[int, av.VideoFrame]:
         index, frame = next(self._frames)
         assert frame.pts is not None  # proven
+        if self._next_index == 0 and index > 0 and not self._is_as_announced(frame):
+            raise NotExactError
         self._jumps = self._jumps and not frame.interlaced_frame  # fields may be packets of their own
-        self._first_pts = frame.pts if index == 0 else self._first_pts
+        self.first_pts = frame.pts if self.first_pts is None else self.first_pts
         self._next_index, self._pts = index + 1, frame.pts
         return index, frame
+
+    def _is_as_announced(self, frame: av.VideoFrame) -> bool:
+        """What the first frame would tell of all others, where it was not decoded."""
+        return (frame.width, frame.height) == self._header_size and not frame.interlaced_frame
 
     def approach(self, target: Target) -> None:
         """Go on at the last key frame before the target, when that leaves out enough to pay.
@@ -95,7 +105,6 @@ class SeekingWalk:
         if not self._jumps or distance < MIN_JUMP_FRAMES:
             return
         if self._keys is None:
-            self._by_index = self._video.container_name == "mp4" and not is_fragmented(self._video.file)
             if not self._by_index and distance < _MIN_PASS_FRAMES:
                 return
             self._keys = KeyFrames(_indexed_keys(self._video) if self._by_index else self._passed_keys())
@@ -105,6 +114,15 @@ class SeekingWalk:
         # clean start or is shown after the target, and frames that were there before are left out.
         if keys and keys[0].frames_before >= least and not any(self._starts_at(key, target) for key in keys):
             raise NotExactError
+
+    @property
+    def _by_index(self) -> bool:
+        return self._video.is_indexed
+
+    @property
+    def _first_pts(self) -> int:
+        assert self.first_pts is not None
+        return self.first_pts
 
     @property
     def _tick(self) -> Fraction:
@@ -122,11 +140,11 @@ class SeekingWalk:
         """Move to a key frame, unless it is no clean start or is shown after the target."""
         if self._by_index:
             self._video.container.seek(key.time, stream=self._video.stream)
-            self._packets = self._video.container.demux(self._video.stream)
+            self._packets = demuxed(self._video)
         else:
             self._video.stream.codec_context.flush_buffers()
         packet = self._find(key)
-        if not is_clean_start(codec_of(self._video), bytes(packet), _length_size(self._video)):
+        if not _is_clean(self._video, packet):
             return False
         ahead, num_leading = _leading(self._video, packet, self._packets) if self._by_index else ([packet], 0)
         pts, index = packet.pts, key.frames_before + num_leading
@@ -162,10 +180,6 @@ def codec_of(video: OpenVideo) -> str:
     return video.stream.codec_context.codec.canonical_name
 
 
-def _length_size(video: OpenVideo) -> int:
-    return nal_length_size(codec_of(video), video.stream.codec_context.extradata or b"")
-
-
 def is_shown(packet: Packet, codec: str) -> bool:
     """Whether a packet holds a frame that is shown, as far as its container and VP8's header tell."""
     # Bit 4 of a VP8 frame is show_frame (RFC 6386, 9.1).
@@ -189,7 +203,7 @@ def _proven_frames(video: OpenVideo, packets: Iterator[Packet], start_pts: int |
                 raise NotExactError
             if start_pts is None or packet.pts >= start_pts:
                 heapq.heappush(due, packet.pts)
-        for frame in packet.decode() if began else _first_frames(packet):
+        for frame in frames_of(video, packet) if began else _first_frames(packet):
             if start_pts is not None and frame.pts is not None and frame.pts < start_pts:
                 continue
             if not due or frame.pts is None:
@@ -223,6 +237,24 @@ def _first_frames(packet: Packet) -> list[av.VideoFrame]:
     if any(frame.is_corrupt for frame in frames):
         raise NotExactError
     return frames
+
+
+def _known_start(video: OpenVideo, packets: Iterator[Packet]) -> tuple[int | None, Iterator[Packet]]:
+    """The first frame's time, where the first packet is a clean start and shown first; and all packets."""
+    if not video.is_indexed:  # reading ahead could meet holes that lie behind what is wanted
+        return None, packets
+    first = next(packets, None)
+    if first is None:
+        return None, iter(())
+    if not (first.is_keyframe and is_shown(first, codec_of(video)) and _is_clean(video, first)):
+        return None, itertools.chain([first], packets)
+    ahead, num_leading = _leading(video, first, packets)
+    return None if num_leading else first.pts, itertools.chain(ahead, packets)
+
+
+def _is_clean(video: OpenVideo, packet: Packet) -> bool:
+    codec = codec_of(video)
+    return is_clean_start(codec, bytes(packet), nal_length_size(codec, video.stream.codec_context.extradata or b""))
 
 
 def _leading(video: OpenVideo, key: Packet, packets: Iterator[Packet]) -> tuple[list[Packet], int]:
@@ -259,7 +291,7 @@ def _indexed_keys(video: OpenVideo) -> list[KeyFrame]:
 
 def _keys_of_packets(video: OpenVideo, is_beyond: Callable[[int, int], bool]) -> list[KeyFrame]:
     """The clean key frames among the packets up to the last wanted one, by presentation time."""
-    codec, length_size = codec_of(video), _length_size(video)
+    codec = codec_of(video)
     keys: list[KeyFrame] = []
     num_shown = num_beyond = 0
     key_time: int | None = None
@@ -271,7 +303,7 @@ def _keys_of_packets(video: OpenVideo, is_beyond: Callable[[int, int], bool]) ->
             raise NotExactError
         if packet.is_keyframe:
             key_time = time
-            if is_clean_start(codec, bytes(packet), length_size):
+            if _is_clean(video, packet):
                 keys.append(KeyFrame(time, num_shown))
         elif keys and keys[-1].time == key_time and time < keys[-1].time:
             keys[-1] = KeyFrame(time=keys[-1].time, frames_before=keys[-1].frames_before + 1)

@@ -23,9 +23,10 @@ import numpy as np
 from av.video.reformatter import ColorRange
 
 from pipeline.decode.backend import TimedFrame, damage
+from pipeline.decode.container import OpenVideo, open_video
 from pipeline.decode.fit import FrameFitter, Orientation
 from pipeline.decode.limits import DecodeLimits
-from pipeline.decode.pyav import OpenVideo, PyAVBackend, checked_frames, open_video, orientation_of
+from pipeline.decode.pyav import PyAVBackend, checked_frames, orientation_of
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
 from pipeline.errors import UsageError
 from pipeline.storage import open_range

@@ -97,21 +97,21 @@ def test_auto_takes_the_first_of_the_videos_own_kind(tmp_path, monkeypatch):
     assert ([read_number(frame) for frame in clip.frames], clip.decoder) == ([2, 3, 4], "pyav")
 
 
-def breaking(after):
+def breaking(after, reason="decode_error"):
     """PyAV's frames up to an error."""
 
     def frames(self, source, shape, limits, *_):
         for frame in whole(self, source, shape, limits):
             if frame.index == after:
-                raise backend_module.damage(source, "decode_error", "made up")
+                raise backend_module.damage(source, reason, "made up")
             yield frame
 
     whole = PyAVBackend.frames
     return frames
 
 
-def break_pyav(monkeypatch, after):
-    broken = breaking(after)
+def break_pyav(monkeypatch, after, reason="decode_error"):
+    broken = breaking(after, reason)
     monkeypatch.setattr(PyAVBackend, "frames", broken)
     monkeypatch.setattr(PyAVBackend, "wanted_frames", broken)
 
@@ -123,6 +123,15 @@ def test_windows_that_the_first_cannot_decode_go_to_the_next(tmp_path, monkeypat
     assert ([read_number(frame) for frame in early.frames], early.decoder) == ([1, 2, 3], "pyav")
     assert ([read_number(frame) for frame in late.frames], late.decoder) == ([6, 7, 8, 9], "decord")
     assert isinstance(beyond, DecodeError)
+
+
+@pytest.mark.parametrize("reason", ["corrupt_frame", "lost_packets"])
+def test_damage_that_was_seen_is_not_given_to_one_who_may_not_see_it(reason, tmp_path, monkeypatch):
+    use_table(monkeypatch, ("h264", exact(2), exact(1)))
+    break_pyav(monkeypatch, 5, reason)
+    early, late = decode(stored(tmp_path, numbered_video(12)), (1, 3), (6, 4))
+    assert isinstance(early, DecodedClip)
+    assert str(late) == f"{reason}: clip: made up"
 
 
 def test_what_nobody_can_decode_has_the_first_ones_error(tmp_path, monkeypatch):

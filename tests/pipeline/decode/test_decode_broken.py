@@ -94,7 +94,7 @@ def test_a_mp4_cut_between_packets_says_how_short_it_is(tmp_path):
     assert late.reason == "short_video"
 
 
-@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+@pytest.mark.parametrize("share", [0.6, 0.7, 0.9])
 def test_a_truncated_mp4_keeps_its_complete_windows(share, tmp_path):
     video = numbered_video(60, container_options=FAST_START, codec_options={"qp": "10"})
     early, late = decode(stored(tmp_path, video[: int(len(video) * share)]), (2, 8), (50, 10))
@@ -140,6 +140,28 @@ def test_a_count_of_packets_has_a_limit(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"no picture", numbered_video(3)])
 def test_what_is_no_image_is_refused(data, tmp_path):
     assert probe_reason(stored(tmp_path, data, kind="image")) == "not_media"
+
+
+@pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heix"])
+def test_heic_is_refused_with_what_to_do(brands, tmp_path):
+    data = (len(brands) + 8).to_bytes(4, "big") + b"ftyp" + brands + bytes(100)
+    source = stored(tmp_path, data, kind="image")
+    assert probe_reason(source) == "unsupported_heic"
+    assert "convert it" in str(decode(source, (0, 1))[0])
+    avif = stored(tmp_path, numbered_image(format="avif"), kind="image")
+    assert isinstance(decode(avif, (0, 1))[0], DecodedClip)
+
+
+def test_an_animated_webp_is_a_video_and_a_still_one_is_none(tmp_path):
+    moving = numbered_video(12, codec="libwebp_anim", container="webp", pixel_format="bgra")
+    source = stored(tmp_path, moving)
+    assert probe_media(source, LIMITS).num_frames == 12
+    early, late, beyond = decode(source, (2, 3), (11, 1), (11, 2))
+    assert [read_number(frame) for frame in (*early.frames, *late.frames)] == [2, 3, 4, 11]
+    assert beyond.reason == "past_end"
+    assert probe_reason(source, dataclasses.replace(LIMITS, max_frames=11)) == "too_large"
+    assert probe_reason(stored(tmp_path, numbered_image(format="webp"))) == "not_media"
+    assert probe_reason(stored(tmp_path, moving[: len(moving) // 2])) in {"decode_error", "not_media"}
 
 
 @pytest.mark.parametrize("codec", ["png", "jpeg", "webp"])

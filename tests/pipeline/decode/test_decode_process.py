@@ -131,6 +131,17 @@ def test_the_time_allowed_grows_with_the_source_and_the_last_wanted_frame():
         DecodeLimits(timeout_seconds=0)
 
 
+def test_decoders_do_not_pile_up_in_the_child(tmp_path):
+    """PyAV's containers lie in reference cycles."""
+    source = stored(tmp_path, numbered_video(12, codec="libsvtav1", size=(640, 384)))
+    used = []
+    with DecodeProcess(LIMITS) as process:
+        for _ in range(20):
+            process.decode(request_of(source, (8, 2)))
+            used.append(psutil.Process(process.pid).memory_info().rss / 2**20)
+    assert max(used[2:]) - used[1] < 8
+
+
 def test_no_windows_start_no_process(source):
     with DecodeProcess(LIMITS) as process:
         assert process.decode(request_of(source)) == ()
