@@ -1,7 +1,8 @@
 """One way to decode, in a process of its own, so that its time and its memory are its own.
 
-In:   JSON lines on stdin: {"method", "path", "windows": [[start, frames], ...], "side"}; see METHODS.
-Out:  JSON lines on stdout: {"frames", "wall_seconds", "cpu_seconds", "peak_mib"}, or {"error"}.
+In:   JSON lines on stdin: {"method", "path", "windows": [[start, frames], ...], "side"}; see METHODS. The same is done
+      again until "least_seconds" are over.
+Out:  JSON lines on stdout: {"frames", "wall_seconds", "cpu_seconds"} of one time, "peak_mib"; or {"error"}.
 Cost: what is measured.
 Errors: a LatentmillError, an ImportError or a library's error becomes {"error"}.
 
@@ -108,14 +109,16 @@ def _peak_mib() -> float:
     return int(match[1]) / 1024
 
 
-def measure(method: str, path: str, windows: Windows, side: int) -> dict[str, float | str]:
-    """Decode once."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    try:
-        frames = METHODS[method](path, windows, side)
-    except (LatentmillError, ImportError, RuntimeError) as error:
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+def measure(method: str, path: str, windows: Windows, side: int, least_seconds: float = 0.0) -> dict[str, float | str]:
+    """Decode once, or until the time is over; the mean of one time."""
+    began, cpu_began, times = time.perf_counter(), time.process_time(), 0
+    while times == 0 or time.perf_counter() - began < least_seconds:
+        try:
+            frames = METHODS[method](path, windows, side)
+        except (LatentmillError, ImportError, RuntimeError) as error:
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
+        times += 1
+    wall, cpu = (time.perf_counter() - began) / times, (time.process_time() - cpu_began) / times
     return {"frames": frames, "wall_seconds": wall, "cpu_seconds": cpu, "peak_mib": _peak_mib()}
 
 

@@ -27,6 +27,7 @@ from pipeline.storage import Storage
 from pipeline.store import library_versions
 
 _PATIENCE_SECONDS = 60.0
+_BUSY_ENOUGH = 0.05  # an encoder that waits less than this share of its time is the limit itself
 
 
 class Reporter:
@@ -81,6 +82,8 @@ class Reporter:
             f"blocked {progress.blocked_seconds:.1f} s, read {format_bytes(progress.bytes_read)}, "
             f"wrote {format_bytes(progress.bytes_written)}"
         )
+        if progress.units:
+            _say(advice(progress))
         self._storage.put(self._name, json.dumps(self._log(outcome, seconds, places), indent=2).encode())
 
     def _log(self, outcome: str, seconds: float, places: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +102,20 @@ class Reporter:
             "progress": progress,
             "given_up": {unit.name: cause for unit, cause in self._controller.given_up.items()},
         }
+
+
+def advice(progress: Progress) -> str:
+    """What would make this job faster, in one line. Pure."""
+    idle = 1 - progress.busy_share
+    if idle < _BUSY_ENOUGH:
+        return f"encode-bound: the encoders were busy {progress.busy_share:.0%} of the time; more of them would help"
+    if progress.starved_seconds >= progress.blocked_seconds:
+        more = 1 / max(progress.busy_share, 0.01)
+        return (
+            f"decode-bound: the encoders waited {idle:.0%} of the time, most of it for frames; about {more:.1f} "
+            "times the decode cores would keep them busy"
+        )
+    return f"write-bound: the encoders waited {idle:.0%} of the time, most of it for the store to take finished units"
 
 
 def _say(text: str) -> None:
