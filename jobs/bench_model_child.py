@@ -35,8 +35,11 @@ Json = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]
 
 
-def build(name: str) -> tuple[nn.Module, Geometry, Encode, EncodesChunks | None]:
-    """A model with random weights: module, geometry, its own call on a whole clip, and its streaming side if any."""
+def build(name: str, how: str) -> tuple[nn.Module, Geometry, Encode, EncodesChunks | None]:
+    """A model with random weights: module, geometry, its own call on a whole clip, and its streaming side if any.
+
+    Some models are made to stream by replacing their layers: one that is measured "plain" is left untouched.
+    """
     torch.manual_seed(0)
     if name in PRESETS:
         model = CausalAutoencoder(ModelConfig(PRESETS[name])).eval()
@@ -53,7 +56,8 @@ def build(name: str) -> tuple[nn.Module, Geometry, Encode, EncodesChunks | None]
         whole = rule.whole(vae)
         return vae, geometry, lambda clip: whole.encode(clip).mean, None
     assert rule.streamed is not None
-    return vae, geometry, lambda clip: rule.reference(vae, clip), rule.streamed(vae)
+    backend = None if how == "plain" else rule.streamed(vae)
+    return vae, geometry, lambda clip: rule.reference(vae, clip), backend
 
 
 def stream(backend: EncodesChunks, chunks: Iterable[Tensor]) -> Tensor:
@@ -69,7 +73,7 @@ def measure(spec: Json) -> Json:
     """Build, warm up, repeat; medians."""
     torch.set_num_threads(spec["threads"])
     device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
-    model, geometry, plain, backend = build(spec["model"])
+    model, geometry, plain, backend = build(spec["model"], spec["how"])
     if spec["how"] != "plain" and backend is None:
         return {"error": "takes whole clips only"}
     model.requires_grad_(requires_grad=False)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.__main__ import main
-from jobs.bench_model_child import measure
+from jobs.bench_model_child import build, measure
 from models.config import preset
 from models.cost import kmacs_per_pixel, parameters
+from tests.pretrained_models import COSMOS, LTX_2, WAN_21
 
 SPEC = {
     "model": "tiny-4x8x8x16",
@@ -49,6 +51,24 @@ def test_what_is_measured_is_the_model() -> None:
     assert row["shape"] == [9, 32, 32]
     assert (row["encoder"], row["decoder"]) == (parameters(config, "encoder"), parameters(config, "decoder"))
     assert row["kmacs_per_pixel"] == pytest.approx(kmacs_per_pixel(config, "encoder"), rel=0.15)  # the leading frame
+
+
+@pytest.mark.parametrize("how", ["plain", "streamed"])
+@pytest.mark.parametrize(("name", "config"), [("AutoencoderKLLTX2Video", LTX_2), ("AutoencoderKLWan", WAN_21)])
+def test_a_model_that_is_measured_plain_is_left_untouched(
+    name: str, config: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.bench_model_child.real_configs", lambda: {"tiny": (name, config)})
+    row = measure({**SPEC, "model": "tiny", "how": how, "size": 64})
+    assert row["frames_per_second"] > 0
+    if how == "plain":
+        vae = build("tiny", how)[0]
+        assert not any(type(module).__module__.startswith("models.") for module in vae.modules())
+
+
+def test_a_model_that_takes_whole_clips_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.bench_model_child.real_configs", lambda: {"tiny": ("AutoencoderKLCosmos", COSMOS)})
+    assert measure({**SPEC, "model": "tiny"}) == {"error": "takes whole clips only"}
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
