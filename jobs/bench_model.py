@@ -119,7 +119,7 @@ def to_markdown(result: Json) -> Iterator[str]:
     yield f"- versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
     yield f"- one clip of {about['clip']}, random weights; medians of {about['repetitions']} after a warm-up"
     yield "- plain: the model's own call on the whole clip; streamed: canonical chunks of at least 8 frames"
-    yield "- share: of the rate of a large matrix product in the same process"
+    yield "- share: of the rate of a large matrix product in the same process, a moment later: rough on a busy machine"
     yield ""
     yield "| model | encoder / decoder, M | dtype | how | kMAC/pixel | frames/s | peak MiB | share |"
     yield "|---|---|---|---|---|---|---|---|"

@@ -35,7 +35,9 @@ Json = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]
 
 
-def build(name: str, how: str) -> tuple[nn.Module, Geometry, Encode, EncodesChunks | None]:
+def build(
+    name: str, how: str, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Geometry, Encode, EncodesChunks | None]:
     """A model with random weights: module, geometry, its own call on a whole clip, and its streaming side if any.
 
     Some models are made to stream by replacing their layers: one that is measured "plain" is left untouched.
@@ -54,7 +56,8 @@ def build(name: str, how: str) -> tuple[nn.Module, Geometry, Encode, EncodesChun
     geometry = rule.geometry(config)
     if rule.whole is not None:
         whole = rule.whole(vae)
-        return vae, geometry, lambda clip: whole.encode(clip).mean, None
+        whole.to(torch.device("cpu"), dtype)
+        return vae, geometry, lambda clip: whole.encode(clip.float()).mean, None
     assert rule.streamed is not None
     backend = None if how == "plain" else rule.streamed(vae)
     return vae, geometry, lambda clip: rule.reference(vae, clip), backend
@@ -73,7 +76,7 @@ def measure(spec: Json) -> Json:
     """Build, warm up, repeat; medians."""
     torch.set_num_threads(spec["threads"])
     device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
-    model, geometry, plain, backend = build(spec["model"], spec["how"])
+    model, geometry, plain, backend = build(spec["model"], spec["how"], dtype)
     if spec["how"] != "plain" and backend is None:
         return {"error": "takes whole clips only"}
     model.requires_grad_(requires_grad=False)
