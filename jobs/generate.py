@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.config import Interpolate, Sample
 from jobs.generate_pictures import LabelledClips, write_clips
-from jobs.inspect_store import find_rows
-from jobs.prepare import open_encoder
+from jobs.inspect_store import find_rows, load_store_encoder
 from models.spec import VideoEncoder
 from pipeline.errors import UsageError
 from pipeline.filmstrip import safe_stem
@@ -118,7 +117,7 @@ def run_interpolate(command: Interpolate) -> int:
             "only clips of one size can be interpolated"
         )
     ends = [_stored_latent(storage, header, first, first_line), _stored_latent(storage, header, last, last_line)]
-    encoder = _store_encoder(header, command.encoder)
+    encoder = load_store_encoder(header, command.encoder)
     latents, labels = _between(command, ends, header)
     sampling = header.recipe.sampling
     fps = sampling.fps or first_line["source_fps"] / sampling.frame_step or _STILL_FPS
@@ -155,24 +154,6 @@ def _between(command: Interpolate, ends: list[Tensor], header: Header) -> tuple[
     latents = interpolate(first, last, command.steps, command.path)[:, 0] * std + mean
     shares = torch.linspace(0, 1, command.steps).tolist()
     return latents, [command.keys[0], *(f"{share:.0%}" for share in shares[1:-1]), command.keys[1]]
-
-
-def _store_encoder(header: Header, source: str | None) -> VideoEncoder:
-    """The encoder that the store was made with."""
-    place = source or header.encoder_source
-    encoder = open_encoder(place, compute_dtype=header.recipe.encode.compute_dtype)
-    require_encoder_of(header, place, encoder.card.fingerprint)
-    return encoder
-
-
-def require_encoder_of(header: Header, place: str, fingerprint: str) -> None:
-    """Refuse another encoder than the store's."""
-    card = header.recipe.encoder
-    if fingerprint != card.fingerprint:
-        raise UsageError(
-            f"--encoder {place} has fingerprint {fingerprint[:12]}, "
-            f"the store was made with {card.fingerprint[:12]} ({card.name})"
-        )
 
 
 def _decode(encoder: VideoEncoder, labels: list[str], latents: Tensor) -> LabelledClips:

@@ -81,7 +81,7 @@ def _compare(storage: Storage, header: Header, plan: Plan, command: Verify) -> I
     from pipeline.decode.pool import ProcessPool
     from pipeline.verify import Comparison, compare
 
-    encoder = _load_encoder(header, command.encoder)
+    encoder = load_store_encoder(header, command.encoder)
     comparisons: list[Comparison] = []
     with ProcessPool(command.engine.decode_workers, decode_limits(command.engine)) as pool:
         for result in compare(storage, plan, encoder, pool, command.share):
@@ -106,17 +106,22 @@ def _table(comparisons: Sequence[Any], worst: int) -> Iterator[str]:
         yield f"  worst: {result.key} (row {result.row}): {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
 
 
-def _load_encoder(header: Header, source: str | None) -> VideoEncoder:
-    """The store's encoder, checked by its fingerprint."""
-    card = header.recipe.encoder
+def load_store_encoder(header: Header, source: str | None) -> VideoEncoder:
+    """The store's encoder, from where it lies now or lay then, checked by its fingerprint."""
     place = source or header.encoder_source
     encoder = open_encoder(place, compute_dtype=header.recipe.encode.compute_dtype)
-    if encoder.card.fingerprint != card.fingerprint:
+    require_encoder_of(header, place, encoder.card.fingerprint)
+    return encoder
+
+
+def require_encoder_of(header: Header, place: str, fingerprint: str) -> None:
+    """Refuse another encoder than the store's."""
+    card = header.recipe.encoder
+    if fingerprint != card.fingerprint:
         raise UsageError(
-            f"--encoder {place} has fingerprint {encoder.card.fingerprint[:12]}, "
+            f"--encoder {place} has fingerprint {fingerprint[:12]}, "
             f"the store was made with {card.fingerprint[:12]} ({card.name})"
         )
-    return encoder
 
 
 def run_reconstruct(command: Reconstruct) -> int:
@@ -130,7 +135,7 @@ def run_reconstruct(command: Reconstruct) -> int:
         raise UsageError("reconstruct needs KEYs, as `latentmill status` or the ledger write them")
     storage, header, plan = _open(command.store)
     found = find_rows(storage, plan, command.keys, command.window)
-    encoder = _load_encoder(header, command.encoder)
+    encoder = load_store_encoder(header, command.encoder)
     with ProcessPool(command.engine.decode_workers, decode_limits(command.engine)) as pool:
         for key, (unit, line) in found.items():
             for result in restore(storage, plan, unit, [line], encoder, pool):

@@ -32,6 +32,7 @@ Importing this package imports no torch. The public names, by module:
     trainer             Trainer, TrainSettings
     training            train, measure_normaliser, random_objective, TrainedModel
     optimiser           ClippedAdamW
+    model_directory     DirectoryFormat, write_directory, read_directory, check_weights, fill
     checkpoint          save_checkpoint, load_checkpoint, read_document, ModelDocument
 
     generative.bounds               elbo, importance_weighted_bound, bits_per_dimension, PixelModel

@@ -15,8 +15,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, is_checkpoint
+from models.checkpoint import is_checkpoint
 from models.errors import INSTALL_DIFFUSERS, CheckpointError, EncoderSourceError
+from models.model_directory import CONFIG_FILE, WEIGHTS_FILE
 from models.native import describe_native, load_native
 
 if TYPE_CHECKING:
