@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.bench_config import BenchDecode
 from jobs.bench_decode_child import request_of
 from jobs.bench_decode_report import to_markdown
 from jobs.bench_videos import ENCODERS, FPS, long_video, texture_video
-from jobs.config import BenchDecode
 from pipeline.decode.backend import decode_windows
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess

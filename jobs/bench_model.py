@@ -20,8 +20,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from jobs.bench_config import BenchModel
 from jobs.bench_decode import cpu_name
-from jobs.config import BenchModel
 from jobs.encode import choose_device
 from models.config import PRESETS
 from models.pretrained import real_configs

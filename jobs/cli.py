@@ -1,7 +1,7 @@
 """From a command line to a command: `--config` files and a store's own recipe become flags before the user's.
 
 In:   argv.
-Out:  one of the dataclasses of jobs.config.
+Out:  one of the dataclasses that jobs.commands lists.
 Cost: no torch, no ray.
 Errors: UsageError for an unknown command or flag, with the nearest one, and for a wrong file; SystemExit(2) from tyro
       for a value of the wrong type.
@@ -22,7 +22,8 @@ from typing import Any
 import tyro
 import yaml
 
-from jobs.config import COMMANDS, POSITIONALS, ConfigFile
+from jobs.commands import COMMANDS
+from jobs.flags import POSITIONALS, ConfigFile
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, to_tree
 
@@ -74,12 +75,12 @@ def parse(argv: Sequence[str]) -> ConfigFile:
 
 
 def _parse(name: str, args: Sequence[str]) -> ConfigFile:
-    kind = COMMANDS[name]
+    kind = COMMANDS[name].flags
     return tyro.cli(kind, args=args, prog=f"latentmill {name}", config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _overview() -> str:
-    lines = [f"  {name:<12} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()]
+    lines = [f"  {name:<12} {(command.flags.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: latentmill COMMAND [flags]        (latentmill COMMAND --help lists the flags)",
@@ -108,7 +109,7 @@ def flag_types(kind: type) -> dict[str, Any]:
 
 def _check_flags(name: str, args: Sequence[str], place: str) -> None:
     """Refuse a flag that the command lacks, before a missing one can hide the typo."""
-    known = [f"--{flag}" for flag in flag_types(COMMANDS[name])]
+    known = [f"--{flag}" for flag in flag_types(COMMANDS[name].flags)]
     for arg in args:
         flag = arg.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
@@ -149,9 +150,9 @@ def _read_config(name: str, path: str | None) -> dict[str, Any]:
 
 def _check_config(name: str, tree: Mapping[str, Any], place: str) -> None:
     """Refuse what would be no flag, or more than its flag can take and so be read as something else."""
-    positionals = {field.name for field in dataclasses.fields(COMMANDS[name])} & POSITIONALS
+    positionals = {field.name for field in dataclasses.fields(COMMANDS[name].flags)} & POSITIONALS
     _check_flags(name, [f"--{key}" for key in tree if key not in positionals], place)
-    types = flag_types(COMMANDS[name])
+    types = flag_types(COMMANDS[name].flags)
     if "config" in tree:
         raise UsageError(f"{place}a file cannot name another config")
     for key, value in tree.items():

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from jobs.config import Encode, EngineFlags
+from jobs.flags import EngineFlags
 from jobs.prepare import decode_limits, describe_encoder, index_shards, make_plan, make_recipe, open_encoder
 from jobs.progress import Reporter
+from jobs.store_config import Encode
 from pipeline.account import Account, close_books, take_account, units_left
 from pipeline.controller import Controller, Policy
 from pipeline.engine import Engine, Interrupted, run

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.config import Interpolate, Sample
+from jobs.generate_config import Interpolate, Sample
 from jobs.generate_pictures import LabelledClips, write_clips
 from jobs.inspect_store import find_rows, load_store_encoder
 from models.spec import VideoEncoder

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from jobs.config import Reconstruct, Status, Verify
 from jobs.prepare import decode_limits, open_encoder
+from jobs.store_config import Reconstruct, Status, Verify
 from models.spec import VideoEncoder
 from pipeline import ledger
 from pipeline.account import take_account

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobs.config import ClusterFlags, DecodeFlags, Index, PlanCommand, RecipeFlags
+from jobs.flags import ClusterFlags, DecodeFlags, RecipeFlags
 from jobs.rehearsal import RehearsalEncoder, describe_rehearsal, is_rehearsal
+from jobs.store_config import Index, PlanCommand
 from models.spec import EncoderCard, VideoEncoder
 from pipeline import ledger, store
 from pipeline.decode.limits import DecodeLimits

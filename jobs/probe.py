@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
-from jobs.config import TrialFlags
+from jobs.flags import TrialFlags
 from jobs.prepare import decode_limits, open_encoder
 from jobs.progress import format_seconds
 from models.spec import VideoEncoder

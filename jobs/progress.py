@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.config import EngineFlags
+from jobs.flags import EngineFlags
 from pipeline.controller import Controller, Progress
 from pipeline.engine import Event, WorkerLost, WorkerReady
 from pipeline.price import format_bytes

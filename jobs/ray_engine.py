@@ -31,7 +31,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from jobs.config import ClusterFlags, EngineFlags
+from jobs.flags import ClusterFlags, EngineFlags
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
 from pipeline.decode.records import DecodeOutcome, DecodeRequest

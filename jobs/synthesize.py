@@ -8,7 +8,7 @@ Errors: UsageError when the directory cannot be written.
 
 from __future__ import annotations
 
-from jobs.config import Synthesize
+from jobs.generate_config import Synthesize
 from pipeline.errors import UsageError
 
 

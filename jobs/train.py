@@ -14,9 +14,10 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from jobs.config import ClusterFlags, Train
+from jobs.flags import ClusterFlags
 from jobs.prepare import decode_limits, index_shards
 from jobs.progress import format_seconds
+from jobs.train_config import Train
 from pipeline.errors import UsageError
 from pipeline.index import read_fragment
 from pipeline.storage import LocalStorage

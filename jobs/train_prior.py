@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jobs.config import TrainPrior
 from jobs.generate import open_autoencoder
 from jobs.inspect_store import require_encoder_of
 from jobs.progress import format_seconds
+from jobs.train_config import TrainPrior
 from pipeline.buckets import Bucket
 from pipeline.errors import UsageError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from jobs import __main__ as entry
 from jobs.__main__ import main
 from jobs.cli import flag_types, parse, recipe_values, to_flags
-from jobs.config import COMMANDS, Encode, PlanCommand, Reconstruct
+from jobs.commands import COMMANDS
+from jobs.store_config import Encode, PlanCommand, Reconstruct
 from pipeline.buckets import BucketConfig
 from pipeline.errors import JobError, UsageError
 from pipeline.filters import FilterConfig
@@ -72,7 +74,7 @@ FLAGS = {
 
 
 def test_the_flags_of_every_command() -> None:
-    assert {name: set(flag_types(kind)) for name, kind in COMMANDS.items()} == FLAGS
+    assert {name: set(flag_types(command.flags)) for name, command in COMMANDS.items()} == FLAGS
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -383,7 +385,7 @@ class TestExitCodes:
                 raise outcome
             return outcome
 
-        monkeypatch.setattr(entry, "_run", run)
+        monkeypatch.setattr(entry, "run", run)
         assert main(["status", "--store", "s"]) == code
         assert ("latentmill: " in capsys.readouterr().err) == isinstance(outcome, BaseException)
 
@@ -391,13 +393,15 @@ class TestExitCodes:
         def run(_: object) -> int:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(entry, "_run", run)
+        monkeypatch.setattr(entry, "run", run)
         with pytest.raises(ZeroDivisionError):
             main(["status", "--store", "s"])
 
     def test_every_command_has_a_runner(self) -> None:
-        assert set(entry._RUNNERS) == set(COMMANDS.values())
-        assert all(dataclasses.is_dataclass(kind) for kind in COMMANDS.values())
+        for command in COMMANDS.values():
+            module, function = command.runner.split(":")
+            assert callable(getattr(importlib.import_module(module), function))
+            assert dataclasses.is_dataclass(command.flags)
 
     def test_nothing_at_all(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):

@@ -322,8 +322,8 @@ class TestInterpolate:
             assert np.abs(shown - wanted).max() <= 1
 
     def test_a_line_passes_the_middle_and_a_sphere_keeps_the_length(self, continuous_store: str) -> None:
-        from jobs.config import Interpolate
         from jobs.generate import _between
+        from jobs.generate_config import Interpolate
         from pipeline.storage import open_storage
         from pipeline.store import open_header
 

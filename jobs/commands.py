@@ -1,0 +1,51 @@
+"""The commands, by the words that call them: their flags, and the function that runs them.
+
+In:   nothing.
+Out:  COMMANDS.
+Cost: must import neither torch nor ray: `--help` answers at once.
+Errors: none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+from jobs.bench_config import BenchDecode, BenchModel
+from jobs.flags import ConfigFile
+from jobs.generate_config import Interpolate, Sample, Synthesize
+from jobs.store_config import Encode, Index, PlanCommand, Reconstruct, Status, Verify
+from jobs.train_config import Train, TrainPrior
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command's flags, and its `module:function`, imported when it runs and no sooner."""
+
+    flags: type[ConfigFile]
+    runner: str
+
+
+COMMANDS = {
+    "index": Command(Index, "jobs.prepare:run_index"),
+    "plan": Command(PlanCommand, "jobs.prepare:run_plan"),
+    "encode": Command(Encode, "jobs.encode:run_encode"),
+    "status": Command(Status, "jobs.inspect_store:run_status"),
+    "verify": Command(Verify, "jobs.inspect_store:run_verify"),
+    "reconstruct": Command(Reconstruct, "jobs.inspect_store:run_reconstruct"),
+    "sample": Command(Sample, "jobs.generate:run_sample"),
+    "interpolate": Command(Interpolate, "jobs.generate:run_interpolate"),
+    "train": Command(Train, "jobs.train:run_train"),
+    "train prior": Command(TrainPrior, "jobs.train_prior:run_train_prior"),
+    "synthesize": Command(Synthesize, "jobs.synthesize:run_synthesize"),
+    "bench decode": Command(BenchDecode, "jobs.bench_decode:run_bench_decode"),
+    "bench model": Command(BenchModel, "jobs.bench_model:run_bench_model"),
+}
+
+
+def run(flags: ConfigFile) -> int:
+    """Run the command that these flags belong to; returns the exit code."""
+    runner = next(command.runner for command in COMMANDS.values() if command.flags is type(flags))
+    module, _, function = runner.partition(":")
+    code: int = getattr(importlib.import_module(module), function)(flags)
+    return code

@@ -1,0 +1,164 @@
+"""Groups of flags that commands share, so that a flag means the same everywhere.
+
+In:   nothing.
+Out:  frozen dataclasses of which the commands are made; `--help` comes from the docstrings here and in pipeline.
+Cost: must import neither torch nor ray: `--help` answers at once.
+Errors: UsageError from a record that cannot be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipeline.buckets import BucketConfig
+from pipeline.decode.records import DecoderName
+from pipeline.errors import UsageError
+from pipeline.filters import FilterConfig
+from pipeline.recipe import EncodeConfig
+from pipeline.sampling import SamplingConfig
+
+Shards = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS...")]
+Keys = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY...")]
+POSITIONALS = frozenset({"shards", "keys"})
+"""The fields that are not flags."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFile:
+    """Every command takes its flags from a file, too."""
+
+    config: Path | None = None
+    """YAML file of flags (names as here) and shards; what the command line says wins."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreFlags(ConfigFile):
+    """Commands on a store."""
+
+    store: str = tyro.MISSING
+    """The store: a directory, or an s3:// or gs:// url."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeFlags:
+    """How videos are decoded; none of it changes a latent."""
+
+    decode_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """Decode processes with --local; CPUs of the cluster that Ray starts on this machine otherwise."""
+    decode_timeout_seconds: float = 60.0
+    """A video that takes longer is failed as `timeout`; long videos get more, in proportion."""
+    decode_memory_mb: int = 4096
+    """Address space of a decode process."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "decode_workers", "decode_timeout_seconds", "decode_memory_mb")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterFlags(DecodeFlags):
+    """Where the work is done."""
+
+    local: bool = False
+    """Run in this process, without Ray."""
+    ray_address: str | None = None
+    """Ray cluster to join; default: RAY_ADDRESS, else a cluster started on this machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.local and self.ray_address:
+            raise UsageError("--local runs without Ray: leave out --ray-address")
+
+    @property
+    def cluster_cpus(self) -> int:
+        """CPUs of a cluster that is started on this machine."""
+        return self.decode_workers
+
+    @property
+    def object_store_mb(self) -> int:
+        """Shared memory of a cluster that is started on this machine."""
+        return 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialFlags(DecodeFlags):
+    """How `plan --probe` tries, and what its estimate is for."""
+
+    workers: int = 1
+    """Encode workers (one GPU each with --device cuda)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoder runs; auto takes CUDA when there is one."""
+    encode_threads: int = 1
+    """CPU threads of each encode worker. Fixed, since the number changes the last bits of a latent on a CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "workers", "encode_threads")
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitFlags:
+    """When to give up."""
+
+    max_failed_share: float = 0.2
+    """Stop with an error when more of the samples cannot be read, or more of the clips fail."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_share <= 1:
+            raise UsageError(f"--max-failed-share lies in 0..1, got {self.max_failed_share}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineFlags(TrialFlags, ClusterFlags):
+    """How the job runs; none of it changes a latent, but --encode-threads may change its last bits on a CPU."""
+
+    window_mb: int = 512
+    """Decoded frames that an encode worker may hold or wait for."""
+    units_in_flight: int = 3
+    """Units leased to a worker at a time."""
+    unit_timeout_seconds: float = 3600.0
+    """A worker that holds units and reports nothing for so long is killed and replaced."""
+    progress_seconds: float = 10.0
+    """Seconds between progress lines."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "window_mb", "units_in_flight", "unit_timeout_seconds", "progress_seconds")
+        if self.local and self.workers != 1:
+            raise UsageError("--local runs one worker in this process: leave out --workers")
+
+    @property
+    def cluster_cpus(self) -> int:
+        return self.decode_workers + self.workers * self.encode_threads
+
+    @property
+    def object_store_mb(self) -> int:
+        # Ray keeps the frames of every window, and a little beside them.
+        return max(128, self.workers * self.window_mb * 3 // 2)
+
+
+def require_positive(flags: object, *names: str) -> None:
+    """Refuse a flag whose value is not above zero."""
+    for name in names:
+        if not getattr(flags, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(flags, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeFlags:
+    """What the latents are made of. On a store that has a recipe, each defaults to the store's."""
+
+    encoder: str | None = None
+    """Directory of a trained model, or a hub id of a diffusers model."""
+    sampling: SamplingConfig = SamplingConfig()
+    buckets: BucketConfig = BucketConfig()
+    filters: FilterConfig = FilterConfig()
+    encode: EncodeConfig = EncodeConfig()
+    decoder: DecoderName = "auto"
+    """auto takes the decoder that is right for the file."""
+    caption_field: str | None = None
+    """Take captions from this field of the samples' json instead of .txt."""
