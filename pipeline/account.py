@@ -9,6 +9,7 @@ Errors: StoreError when the books do not balance or a fragment is damaged.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -16,11 +17,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from pipeline import ledger, store
+from pipeline.buckets import Bucket
 from pipeline.errors import StoreError
 from pipeline.ledger import FAILED, FILTERED, WRITTEN
 from pipeline.plan import Plan, Unit
+from pipeline.recipe import Recipe
 from pipeline.storage import Storage
 
 _COLUMNS = ["key", "shard", "status", "reason", "detail"]
@@ -124,14 +128,17 @@ class _Tally:
 
 
 def units_left(storage: Storage, plan: Plan) -> Iterator[Unit]:
-    """The units that are not committed, in plan order, by name; `take_account` has read what the fragments say."""
-    done = ledger.listed_units(storage, plan)
-    next_done = next(done, None)
-    for unit in plan.units():
-        if unit == next_done:
-            next_done = next(done, None)
-        else:
-            yield unit
+    """The units that are not committed, by name, those that take longest first; `take_account` has read the fragments.
+
+    So a job's last units are short ones, and its workers end at nearly the same time.
+    """
+
+    def unit_pixels(bucket: Bucket) -> int:
+        return plan.recipe.unit_rows(bucket) * bucket.num_frames * bucket.height * bucket.width
+
+    for bucket in sorted(plan.buckets, key=unit_pixels, reverse=True):
+        present = set(storage.list(f"ledger/{bucket.name}/"))
+        yield from (unit for unit in plan.units([bucket]) if ledger.unit_name(unit) not in present)
 
 
 def close_books(storage: Storage, plan: Plan) -> bool:
@@ -147,40 +154,53 @@ def close_books(storage: Storage, plan: Plan) -> bool:
     left = next(units_left(storage, plan), None)
     if left is not None:
         raise StoreError(f"{storage.url} is not complete: {left.name} is not encoded yet. Run encode again.")
-    ledger.compact(storage, plan)
-    statistics = {**channel_statistics(storage, plan), "plan": fingerprints}
-    store.write_header(storage, dataclasses.replace(header, statistics=statistics))
+    statistics = _Statistics(plan.recipe)
+    ledger.compact(storage, plan, statistics.add)
+    summary = {**statistics.summary(), "plan": fingerprints}
+    store.write_header(storage, dataclasses.replace(header, statistics=summary))
     return True
 
 
-def channel_statistics(storage: Storage, plan: Plan) -> dict[str, Any]:
-    """Per-channel mean and std over all written rows, and their extremes; rows weigh by their size.
+class _Statistics:
+    """Per-channel mean and std over written rows, and their extremes; rows weigh by their size.
 
-    Combines the rows' own means and variances (Chan, Golub, LeVeque 1979), in row order.
+    Combines the rows' own means and variances (Chan, Golub, LeVeque 1979), unit by unit.
     """
-    rows = total = 0
-    mean = squares = np.zeros(())
-    minimum, maximum = np.inf, -np.inf
-    columns = ["status", "minimum", "maximum", "channel_mean", "channel_variance"]
-    for unit, table in ledger.done_fragments(storage, plan, columns):
-        written = [row for row in table.to_pylist() if row["status"] == WRITTEN]
-        _, t, h, w = plan.recipe.row_shape(unit.bucket)
-        size = t * h * w
-        for row in written:
-            delta = np.asarray(row["channel_mean"]) - mean
-            share = size / (total + size)
-            squares = squares + np.asarray(row["channel_variance"]) * size + delta**2 * total * share
-            mean = mean + delta * share
-            total += size
-        rows += len(written)
-        minimum = min([minimum, *(row["minimum"] for row in written)])
-        maximum = max([maximum, *(row["maximum"] for row in written)])
-    if not rows:
-        return {"rows": 0}
-    return {
-        "rows": rows,
-        "channel_mean": mean.tolist(),
-        "channel_std": np.sqrt(squares / total).tolist(),
-        "minimum": minimum,
-        "maximum": maximum,
-    }
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._rows = self._total = 0
+        self._mean = self._squares = np.zeros(())
+        self._minimum, self._maximum = np.inf, -np.inf
+
+    def add(self, unit: Unit, written: pa.Table) -> None:
+        """Take in a unit's written rows."""
+        if not written.num_rows:
+            return
+        size = math.prod(self._recipe.row_shape(unit.bucket)[1:])
+        means, variances = _matrix(written["channel_mean"]), _matrix(written["channel_variance"])
+        mean, added = means.mean(axis=0), written.num_rows * size
+        squares = (variances + (means - mean) ** 2).sum(axis=0) * size
+        delta, share = mean - self._mean, added / (self._total + added)
+        self._squares = self._squares + squares + delta**2 * self._total * share
+        self._mean = self._mean + delta * share
+        self._total += added
+        self._rows += written.num_rows
+        self._minimum = min(self._minimum, pa.compute.min(written["minimum"]).as_py())
+        self._maximum = max(self._maximum, pa.compute.max(written["maximum"]).as_py())
+
+    def summary(self) -> dict[str, Any]:
+        """For the header."""
+        if not self._rows:
+            return {"rows": 0}
+        return {
+            "rows": self._rows,
+            "channel_mean": self._mean.tolist(),
+            "channel_std": np.sqrt(self._squares / self._total).tolist(),
+            "minimum": self._minimum,
+            "maximum": self._maximum,
+        }
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(column.combine_chunks().flatten()).reshape(len(column), -1)

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +21,7 @@ import pyarrow as pa
 from pipeline import parquet
 from pipeline.buckets import Bucket
 from pipeline.errors import MismatchError, StoreError
-from pipeline.recipe import FORMAT_VERSION, fingerprint
+from pipeline.recipe import FORMAT_VERSION
 from pipeline.shards import ShardRef
 
 _SCHEMA = pa.schema(
@@ -35,9 +38,10 @@ _SCHEMA = pa.schema(
     ]
 )
 PLANNED = "planned"
+_BATCH_LINES = 4096
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Line:
     """`rows` rows of one shard in one bucket (status "planned"), or that many samples without a row, and why."""
 
@@ -65,8 +69,16 @@ class Generation:
     @functools.cached_property
     def fingerprint(self) -> str:
         """What a ledger fragment carries to prove which plan it fulfils."""
-        lines = [_record(line) for line in self.lines]
-        return fingerprint([self.number, lines, self.unit_rows, self.recipe_fingerprint])
+        # As recipe.fingerprint of [number, lines, unit_rows, recipe_fingerprint], without all lines as JSON in memory.
+        digest = hashlib.sha256(f"[{self.number},[".encode())
+        for number, line in enumerate(self.lines):
+            digest.update(b"," * (number > 0) + _json(_record(line)))
+        digest.update(b"]," + _json(self.unit_rows) + b"," + _json(self.recipe_fingerprint) + b"]")
+        return digest.hexdigest()
+
+
+def _json(tree: object) -> bytes:
+    return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _record(line: Line) -> dict[str, Any]:
@@ -119,15 +131,24 @@ def from_parquet(data: bytes, name: str) -> Generation:
 
 
 def _generation(table: pa.Table, facts: dict[str, Any]) -> Generation:
-    lines = tuple(
-        Line(
-            ShardRef(record["url"], record["size_bytes"], record["version"]),
-            Bucket.parse(record["bucket"]) if record["bucket"] else None,
-            record["status"],
-            record["reason"],
-            record["first_row"],
-            record["rows"],
-        )
-        for record in table.to_pylist()
-    )
+    lines = tuple(_lines(table))
     return Generation(facts["number"], lines, facts["unit_rows"], facts["recipe_fingerprint"])
+
+
+def _lines(table: pa.Table) -> Iterator[Line]:
+    """A batch of records at a time; lines share their buckets, and those of one shard its reference."""
+    buckets = {"": None} | {name: Bucket.parse(name) for name in table["bucket"].unique().to_pylist() if name}
+    shard: ShardRef | None = None
+    for batch in table.to_batches(max_chunksize=_BATCH_LINES):
+        for record in batch.to_pylist():
+            same = (record["url"], record["size_bytes"], record["version"])
+            if shard is None or (shard.url, shard.size_bytes, shard.version) != same:
+                shard = ShardRef(*same)
+            yield Line(
+                shard,
+                buckets[record["bucket"]],
+                sys.intern(record["status"]),
+                sys.intern(record["reason"]),
+                record["first_row"],
+                record["rows"],
+            )

@@ -2,7 +2,8 @@
 
 In:   LedgerRows of a unit, or the samples of a shard that have no row.
 Out:  `ledger/<bucket>/<unit>.parquet` and `ledger/unplaced/<shard>.parquet`, put if absent: the commit of a unit.
-Cost: kilobytes per fragment, one in memory at a time; a pass over the ledger reads each fragment once.
+Cost: kilobytes per fragment, a few in memory at a time; a pass over the ledger reads each fragment once, some ahead of
+      their use, since an object store takes tens of milliseconds for each.
 Errors: StoreError for a fragment that is damaged, missing or of another plan.
 
 No clock times and no host names: the same unit always gives the same bytes.
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
@@ -29,7 +32,8 @@ from pipeline.storage import Storage
 
 WRITTEN, FILTERED, FAILED = "written", "filtered", "failed"
 NO_ROW = -1
-_PART_BYTES = 128 << 20
+_PART_BYTES = 32 << 20
+_READ_AHEAD = 16
 _FACTS = b"latentmill"
 
 
@@ -115,11 +119,15 @@ def read_fragment(storage: Storage, name: str, columns: Sequence[str] | None = N
     Raises:
         StoreError: it is not there or is damaged.
     """
+    return _parsed(storage, name, lambda: storage.read(name), columns)
+
+
+def _parsed(storage: Storage, name: str, read: Callable[[], bytes], columns: Sequence[str] | None) -> Fragment:
     where = f"{storage.url}/{name}"
     is_unit = not name.startswith("ledger/unplaced/")
     remedy = "Delete it and run encode again" if is_unit else "Restore it from a copy, or write to a new --store"
     try:
-        schema, table = parquet.from_bytes(storage.read(name), columns)
+        schema, table = parquet.from_bytes(read(), columns)
         facts = json.loads(schema.metadata[_FACTS])
         if not schema.equals(SCHEMA):
             raise StoreError(f"{where} has other columns than a ledger of this release: {schema.names}")
@@ -151,9 +159,9 @@ def done_fragments(
     Raises:
         StoreError: a fragment is damaged, fulfils another plan, or has not the unit's number of rows.
     """
-    for unit in listed_units(storage, plan):
+    for unit, read in _read_ahead(storage, plan):
         name = unit_name(unit)
-        fragment = read_fragment(storage, name, columns)
+        fragment = _parsed(storage, name, read, columns)
         if fragment.plan != plan.generation_of(unit).fingerprint:
             raise StoreError(f"{storage.url}/{name} fulfils another plan than the store's; the store was mixed up")
         if fragment.table.num_rows != plan.num_rows(unit):
@@ -162,6 +170,17 @@ def done_fragments(
                 f"{plan.num_rows(unit)}: the books do not balance. Delete it and run encode again."
             )
         yield unit, fragment.table
+
+
+def _read_ahead(storage: Storage, plan: Plan) -> Iterator[tuple[Unit, Callable[[], bytes]]]:
+    """The listed units, each with a function that waits for its fragment's bytes."""
+    reads: deque[tuple[Unit, Callable[[], bytes]]] = deque()
+    with ThreadPoolExecutor(_READ_AHEAD, "latentmill-ledger") as threads:
+        for unit in listed_units(storage, plan):
+            if len(reads) == _READ_AHEAD:
+                yield reads.popleft()
+            reads.append((unit, threads.submit(storage.read, unit_name(unit)).result))
+        yield from reads
 
 
 def done_units(storage: Storage, plan: Plan) -> Iterator[Unit]:
@@ -192,13 +211,13 @@ def _unplaced_row(shard: ShardRef, unplaced: Unplaced) -> LedgerRow:
     )
 
 
-def compact(storage: Storage, plan: Plan) -> int:
+def compact(storage: Storage, plan: Plan, on_written: Callable[[Unit, pa.Table], None]) -> int:
     """Write all written rows of the committed units as the dataset `samples/`, with their bucket; returns their number.
 
-    A part holds whole units, about `_PART_BYTES` in memory.
+    A part holds whole units, about `_PART_BYTES` in memory. `on_written` sees each unit's written rows once.
     """
     num_rows = num_parts = 0
-    for num_parts, part in enumerate(_parts(storage, plan), start=1):
+    for num_parts, part in enumerate(_parts(storage, plan, on_written), start=1):
         storage.put(_part_name(num_parts - 1), parquet.to_bytes(part))
         num_rows += part.num_rows
     for name in storage.list("samples/"):
@@ -211,10 +230,11 @@ def _part_name(number: int) -> str:
     return f"samples/part-{number:06d}.parquet"
 
 
-def _parts(storage: Storage, plan: Plan) -> Iterator[pa.Table]:
+def _parts(storage: Storage, plan: Plan, on_written: Callable[[Unit, pa.Table], None]) -> Iterator[pa.Table]:
     tables, num_bytes = [_with_bucket(SCHEMA.empty_table(), "")], 0  # A store without a latent has a part, too.
     for unit, table in done_fragments(storage, plan):
         written = table.filter(pa.compute.equal(table["status"], WRITTEN))
+        on_written(unit, written)
         tables.append(_with_bucket(written, unit.bucket.name))
         num_bytes += written.nbytes
         if num_bytes >= _PART_BYTES:

@@ -25,7 +25,7 @@ from pipeline.storage import is_remote, stat_object
 _MAX_STEM = 60
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ShardRef:
     """One version of one shard: where it lies, its size, and its mtime in nanoseconds or etag."""
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,41 @@ def test_done_units_are_those_with_a_fragment_of_this_plan(storage: LocalStorage
     assert list(ledger.done_units(storage, plan)) == [units[1]]
 
 
+class SlowStorage(LocalStorage):
+    """Every read takes as long as one of an object store; counts those under way."""
+
+    under_way = most = reads = 0
+    lock = threading.Lock()
+
+    def read(self, name: str) -> bytes:
+        with self.lock:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            self.reads += 1
+        time.sleep(0.02)
+        with self.lock:
+            self.under_way -= 1
+        return super().read(name)
+
+
+def test_fragments_are_read_ahead_within_a_bound_and_once_each(tmp_path: Path) -> None:
+    storage = SlowStorage(tmp_path)
+    fragments = [fragment(name, [media_info(30)] * 4) for name in "abcdefghijklmnopqrst"]
+    plan = planned_store(storage, fake_recipe(), fragments)
+    encode_all(FakeEncoder(), storage, plan, fragments)
+    units = list(plan.units())
+    assert len(units) == 40
+    storage.reads = 0
+    assert [unit for unit, _ in ledger.done_fragments(storage, plan, ["key"])] == units
+    assert storage.reads == len(units)
+    assert 8 < storage.most <= 16
+    storage.reads = 0
+    walk = ledger.done_fragments(storage, plan, ["key"])
+    assert next(walk)[0] == units[0]
+    walk.close()
+    assert storage.reads <= 17, "fragments were read that nobody asked for"
+
+
 def test_a_later_generation_leaves_fragments_valid(storage: LocalStorage) -> None:
     plan = planned_store(storage, fake_recipe(), FRAGMENTS[:1])
     encode_all(FakeEncoder(), storage, plan, FRAGMENTS)
@@ -164,7 +201,7 @@ def test_unplaced_samples_have_lines_with_their_reasons(storage: LocalStorage) -
 
 
 def compacted(storage: LocalStorage, plan: Plan) -> list[list[dict[str, Any]]]:
-    ledger.compact(storage, plan)
+    ledger.compact(storage, plan, lambda *_: None)
     return [parquet.from_bytes(storage.read(name))[1].to_pylist() for name in storage.list("samples/")]
 
 
@@ -180,7 +217,7 @@ def test_compact_holds_the_written_rows_in_bounded_parts(
         if row["status"] == WRITTEN
     ]
     assert [row["row"] for row in expected] == [0, 0, 2, 3, 4, 5]
-    assert ledger.compact(storage, plan) == 6
+    assert ledger.compact(storage, plan, lambda *_: None) == 6
     assert compacted(storage, plan) == [expected]
     monkeypatch.setattr(ledger, "_PART_BYTES", 1)
     parts = compacted(storage, plan)
@@ -192,7 +229,7 @@ def test_compact_holds_the_written_rows_in_bounded_parts(
 
 def test_a_store_without_a_latent_has_an_empty_table(storage: LocalStorage) -> None:
     plan = planned_store(storage, fake_recipe(), [fragment("a", ["no_video"])])
-    assert ledger.compact(storage, plan) == 0
+    assert ledger.compact(storage, plan, lambda *_: None) == 0
     schema, table = parquet.from_bytes(storage.read("samples/part-000000.parquet"))
     assert (schema.names, table.num_rows) == (["bucket", *SCHEMA.names], 0)
 
