@@ -9,6 +9,7 @@ Errors: JobError of every kind; Interrupted on Ctrl-C or SIGTERM, with exit code
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 from jobs.flags import EngineFlags
 from jobs.prepare import decode_limits, describe_encoder, index_shards, make_plan, make_recipe, open_encoder
 from jobs.progress import Reporter
+from jobs.start_times import StartTimes
 from jobs.store_config import Encode
 from pipeline.account import Account, close_books, take_account, units_left
 from pipeline.controller import Controller, Policy
@@ -34,34 +36,44 @@ _STALE_SECONDS = 24 * 3600.0
 
 def run_encode(command: Encode) -> int:
     """`latentmill encode SHARDS... --store S --encoder E`."""
+    start_times = StartTimes()
+    start_times.reach("imports")
     storage = open_storage(command.store)
     if isinstance(storage, LocalStorage):
         storage.sweep(older_than_seconds=_STALE_SECONDS)
     card, source = describe_encoder(command.recipe)
     recipe = make_recipe(command.recipe, card)
+    if command.engine.local:
+        # Importing torch takes longer than all else of a small job: begin while decode processes probe the videos.
+        threading.Thread(target=importlib.import_module, args=("pipeline.local",), name="import").start()
     if command.shards:
         shards = index_shards(storage, command.shards, command.engine)
     else:
         shards = [read_fragment(storage, shard_id).shard for shard_id in list_fragments(storage)]
     if not shards:
         raise UsageError(f"--store {command.store} has no index yet: name SHARDS to encode")
+    start_times.reach("index")
     plan, price = make_plan(storage, shards, recipe, source, command.limits.max_failed_share)
     print("\n".join(price.lines()))
     before = take_account(storage, plan)
     if not before.is_complete:
-        _encode_units(storage, plan, source, command, before)
+        start_times.reach("plan")
+        _encode_units(storage, plan, source, command, before, start_times)
     close_books(storage, plan)
     print("\n".join(take_account(storage, plan, max_failures=10).lines()))
     print(f"store: {storage.url}")
     return 0
 
 
-def _encode_units(storage: Storage, plan: Plan, source: str, command: Encode, before: Account) -> None:
+def _encode_units(
+    storage: Storage, plan: Plan, source: str, command: Encode, before: Account, start_times: StartTimes
+) -> None:
     flags, num_units = command.engine, before.units - before.units_done
     policy = Policy(units_in_flight=flags.units_in_flight, max_failed_share=command.limits.max_failed_share)
     controller = Controller(units_left(storage, plan), policy)
     with _stop_on_signals() as stop, _engine(storage, plan, source, flags) as engine:
-        reporter = Reporter(storage, flags, controller, before.clips_left, num_units)
+        start_times.reach("encoder" if flags.local else "cluster")
+        reporter = Reporter(storage, flags, controller, before.clips_left, num_units, start_times)
         outcome = "done"
         try:
             run(
@@ -99,8 +111,9 @@ def _local_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags)
     from pipeline.local import LocalEngine
 
     torch.set_num_threads(flags.encode_threads)
-    encoder = open_encoder(source, choose_device(flags.device), plan.recipe.encode.compute_dtype)
     with ProcessPool(flags.decode_workers, decode_limits(flags)) as pool:
+        pool.start()  # while the encoder loads
+        encoder = open_encoder(source, choose_device(flags.device), plan.recipe.encode.compute_dtype)
         yield LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE)
 
 

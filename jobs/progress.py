@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import math
 import platform
 import socket
 import sys
@@ -20,11 +21,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.flags import EngineFlags
+from jobs.start_times import StartTimes
 from pipeline.controller import Controller, Progress
-from pipeline.engine import Event, WorkerLost, WorkerReady
+from pipeline.engine import Event, UnitDone, WorkerLost, WorkerReady
 from pipeline.price import format_bytes
 from pipeline.storage import Storage
 from pipeline.store import library_versions
+from pipeline.unit_job import UnitReport
 
 _PATIENCE_SECONDS = 60.0
 _BUSY_ENOUGH = 0.05  # an encoder that waits less than this share of its time is the limit itself
@@ -34,12 +37,20 @@ class Reporter:
     """Prints a line every `progress_seconds`, and writes the run log."""
 
     def __init__(
-        self, storage: Storage, flags: EngineFlags, controller: Controller, clips_left: int, units_left: int
+        self,
+        storage: Storage,
+        flags: EngineFlags,
+        controller: Controller,
+        clips_left: int,
+        units_left: int,
+        start_times: StartTimes,
     ) -> None:
         self._storage, self._flags, self._controller = storage, flags, controller
+        self._start_times = start_times
         self._clips_left, self._units_left = clips_left, units_left
         self._start = dt.datetime.now(dt.UTC)
         self._started = self._printed = time.monotonic()
+        self._first_unit: UnitReport | None = None
         self._first_unit_seconds: float | None = None
         self._ready = False
         self._name = f"runs/{self._start:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}.json"
@@ -50,11 +61,13 @@ class Reporter:
         for event in events:
             if isinstance(event, WorkerReady):
                 self._ready = True
+                self._start_times.reach("worker")
                 _say(f"worker {event.worker} is ready after {format_seconds(now - self._started)}")
             elif isinstance(event, WorkerLost):
                 _say(f"worker {event.worker} died, another takes its units: {event.cause}")
-        if self._first_unit_seconds is None and progress.units:
-            self._first_unit_seconds = now - self._started
+            elif isinstance(event, UnitDone) and self._first_unit is None:
+                self._first_unit, self._first_unit_seconds = event.report, now - self._started
+                self._start_times.reach("first unit")
         if not self._ready and now - self._printed >= _PATIENCE_SECONDS:
             self._printed = now
             _say("no worker is ready yet: does the cluster have the CPUs and GPUs for one? (`ray status`)")
@@ -72,26 +85,28 @@ class Reporter:
         )
 
     def finish(self, outcome: str, places: dict[str, Any]) -> None:
-        """Print the rates of the whole run and write the run log."""
+        """Print the rates of the whole run and where its time went, and write the run log."""
         seconds = time.monotonic() - self._started
         progress = self._controller.progress
         _say(
             f"{outcome}: {progress.units} units, {progress.clips} clips in {format_seconds(seconds)} "
             f"({progress.clips / seconds:.1f} clips/s, {progress.frames / seconds:.0f} frames/s), "
-            f"encoder busy {progress.busy_share:.0%}, starved {progress.starved_seconds:.1f} s, "
-            f"blocked {progress.blocked_seconds:.1f} s, read {format_bytes(progress.bytes_read)}, "
-            f"wrote {format_bytes(progress.bytes_written)}"
+            f"read {format_bytes(progress.bytes_read)}, wrote {format_bytes(progress.bytes_written)}"
         )
-        if progress.units:
-            _say(advice(progress))
+        if self._first_unit is not None:
+            _say(first_unit_line(self._start_times, self._first_unit))
+            for line in time_lines(progress):
+                _say(line)
+            _say(advice(progress, self._flags.workers))
         self._storage.put(self._name, json.dumps(self._log(outcome, seconds, places), indent=2).encode())
 
     def _log(self, outcome: str, seconds: float, places: dict[str, Any]) -> dict[str, Any]:
-        progress = {**vars(self._controller.progress), "failed": dict(self._controller.progress.failed)}
+        progress = self._controller.progress
         return {
             "started": self._start.isoformat(),
             "seconds": seconds,
             "first_unit_seconds": self._first_unit_seconds,
+            "start_seconds": self._start_times.steps,
             "outcome": outcome,
             "host": socket.gethostname(),
             "python": platform.python_version(),
@@ -99,23 +114,60 @@ class Reporter:
             "versions": library_versions(),
             "flags": dataclasses.asdict(self._flags),
             "workers": places,
-            "progress": progress,
+            "progress": {**vars(progress), "failed": dict(progress.failed), "busy_share": progress.busy_share},
             "given_up": {unit.name: cause for unit, cause in self._controller.given_up.items()},
         }
 
 
-def advice(progress: Progress) -> str:
+def first_unit_line(start_times: StartTimes, report: UnitReport) -> str:
+    """How long the first committed unit took, from the start of the process. Pure."""
+    steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in start_times.steps.items())
+    waited = report.start_seconds + report.starved_seconds
+    return (
+        f"first unit committed {format_seconds(start_times.total)} after the start: {steps} (of it waiting for frames "
+        f"{waited:.1f}, encode {report.encode_seconds:.1f}, write {report.write_seconds:.1f})"
+    )
+
+
+def time_lines(progress: Progress) -> tuple[str, str]:
+    """Where the time went: the encoders' span by what they did, and the seconds of every stage. Pure."""
+    busy, span = progress.busy_share, progress.span_seconds or 1.0
+    stages = {
+        "wait for bytes or a core": progress.read_seconds,
+        "decode": progress.decode_seconds,
+        "wait for the first frames": progress.start_seconds,
+        "wait for input": progress.starved_seconds,
+        "copy": progress.copy_seconds,
+        "encode": progress.encode_seconds,
+        "wait for output": progress.blocked_seconds,
+        "write and commit": progress.write_seconds,
+    }
+    shares = (
+        f"encoder busy {busy:.1%} of its span, {busy:.2f} of the bare encoder's speed: starved for input "
+        f"{progress.starved_seconds / span:.1%}, blocked on output {progress.blocked_seconds / span:.1%}, "
+        f"copying {progress.copy_seconds / span:.1%}"
+    )
+    return shares, "stages: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items())
+
+
+def advice(progress: Progress, workers: int) -> str:
     """What would make this job faster, in one line. Pure."""
     idle = 1 - progress.busy_share
     if idle < _BUSY_ENOUGH:
         return f"encode-bound: the encoders were busy {progress.busy_share:.0%} of the time; more of them would help"
-    if progress.starved_seconds >= progress.blocked_seconds:
-        more = 1 / max(progress.busy_share, 0.01)
-        return (
-            f"decode-bound: the encoders waited {idle:.0%} of the time, most of it for frames; about {more:.1f} "
-            "times the decode cores would keep them busy"
-        )
-    return f"write-bound: the encoders waited {idle:.0%} of the time, most of it for the store to take finished units"
+    waited = f"the encoders waited {idle:.0%} of the time, most of it"
+    most = max(progress.starved_seconds, progress.blocked_seconds, progress.copy_seconds)
+    if most == progress.blocked_seconds:
+        return f"write-bound: {waited} for the store to take finished units"
+    if most == progress.copy_seconds:
+        return f"copy-bound: {waited} for their own thread to move frames and rows; more of them would share that"
+    if progress.read_seconds > progress.decode_seconds:
+        return f"read-bound: {waited} for frames, while decoding waited for bytes, or for cores that others used"
+    # What decoding costs, over what encoding alone would take, less the cores that it had.
+    wanted, had = (progress.decode_seconds / seconds for seconds in (progress.encode_seconds, progress.span_seconds))
+    more = max(1, math.ceil(workers * (wanted - had)))
+    cores = "core" if more == 1 else "cores"
+    return f"decode-bound: {waited} for frames; about {more} more decode {cores} would keep them busy"
 
 
 def _say(text: str) -> None:

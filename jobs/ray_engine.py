@@ -17,8 +17,8 @@ import os
 import sys
 import traceback
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import (
@@ -32,9 +32,10 @@ from ray.exceptions import (
 )
 
 from jobs.flags import ClusterFlags, EngineFlags
+from pipeline.decode.backend import pieces_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
-from pipeline.decode.records import DecodeOutcome, DecodeRequest
+from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, Window
 from pipeline.engine import Event, UnitDone, UnitFailed, WorkerLost, WorkerReady
 from pipeline.errors import DecodeError, JobError, LatentmillError, UnitError
 from pipeline.index import index_shard, write_fragment
@@ -42,11 +43,16 @@ from pipeline.plan import Unit, load_plan
 from pipeline.shards import ShardRef
 from pipeline.storage import open_storage
 from pipeline.store import open_header
-from pipeline.worker import EncodeWorker, UnitReport
+from pipeline.unit_job import UnitReport
+
+if TYPE_CHECKING:
+    from pipeline.worker import EncodeWorker  # needs torch, which decode tasks and the driver do without
 
 _MEGABYTE = 1 << 20
 _TASKS_PER_PROCESS = 500  # decoders leak a little; a fresh process is cheap at this rate
 _LOST_TRIES = 20  # losses by the cluster are nobody's fault, but not for ever
+_STRIKES = 2
+_PIECES_AHEAD = 2  # of a long clip, decoded and not yet taken by the encode worker
 _SUSPECT = (WorkerCrashedError, OutOfMemoryError)
 _INFRASTRUCTURE = (NodeDiedError, ObjectLostError)
 
@@ -56,9 +62,10 @@ def connect(flags: ClusterFlags) -> None:
     if ray.is_initialized():
         return
     address = flags.ray_address or os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {}
+    # Of workers, too: without a dashboard Ray Train warns every second that it cannot ask it.
+    own: dict[str, Any] = {"logging_config": ray.LoggingConfig(log_level="ERROR")}
     if not address:
-        own = {
+        own |= {
             "num_cpus": flags.cluster_cpus,
             "object_store_memory": flags.object_store_mb * _MEGABYTE,
             "include_dashboard": False,
@@ -105,12 +112,20 @@ def _decode(request: DecodeRequest, limits: DecodeLimits) -> tuple[DecodeOutcome
     return _decode_process(limits).decode(request)
 
 
+def _stream(request: DecodeRequest, piece_frames: int, limits: DecodeLimits) -> Iterator[DecodedClip | DecodeError]:
+    try:
+        yield from _decode_process(limits).stream(request, piece_frames)
+    except DecodeError as error:
+        yield error
+
+
 def _index(shard: ShardRef, store_url: str, limits: DecodeLimits) -> None:
     fragment = index_shard(shard, _decode_process(limits).probe)
     write_fragment(open_storage(store_url), fragment)
 
 
 _decode_task = ray.remote(num_cpus=1, max_retries=0, max_calls=_TASKS_PER_PROCESS)(_decode)
+_stream_task = ray.remote(num_cpus=1, max_retries=0, max_calls=_TASKS_PER_PROCESS)(_stream)
 _index_task = ray.remote(num_cpus=1, max_retries=2, max_calls=_TASKS_PER_PROCESS)(_index)
 
 
@@ -151,6 +166,69 @@ class _RayDecode:
         raise UnitError(f"decoding {request.source.key} was lost {_LOST_TRIES} times with nodes of the cluster")
 
 
+class _RayStream:
+    """A long clip's decode task, which hands over pieces as they are wanted, and what follows when it is lost.
+
+    Another task then begins at the piece that is wanted; a clip whose task's process dies twice there has failed.
+    """
+
+    def __init__(self, request: DecodeRequest, piece_frames: int, limits: Any) -> None:
+        (self._window,) = request.windows
+        self._request, self._piece_frames, self._limits = request, piece_frames, limits
+        self._task: Any = None
+        self._lost = 0
+
+    def pieces(self) -> Generator[DecodedClip, None, None]:
+        is_last = False
+        try:
+            for piece in pieces_of(self._window, self._piece_frames):
+                outcome = self._piece(piece.start)
+                if isinstance(outcome, DecodeError):
+                    raise outcome
+                is_last = piece.start + piece.num_frames == self._window.start + self._window.num_frames
+                yield outcome
+                del outcome  # Or its frames would stay in the object store while the next ones are waited for.
+        except GeneratorExit:
+            if not is_last:  # Else the task would wait for ever. Its decode process may be in mid-reply: by force.
+                ray.cancel(self._task, force=True)
+            raise
+
+    def _piece(self, start: int) -> DecodeOutcome:
+        deaths = 0
+        while deaths < _STRIKES:
+            try:
+                return self._next(start)
+            except _SUSPECT:
+                deaths += 1
+            except _INFRASTRUCTURE:
+                self._count_loss()
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, LatentmillError) else error from None
+            self._task = None
+        return DecodeError("crash", f"the decoder's process died {_STRIKES} times")
+
+    def _next(self, start: int) -> DecodeOutcome:
+        if self._task is None:
+            window = Window(start, self._window.start + self._window.num_frames - start)
+            options = _stream_task.options(
+                name="decode",
+                num_returns="streaming",
+                _generator_backpressure_num_objects=_PIECES_AHEAD,
+                enable_task_events=False,
+            )
+            rest = dataclasses.replace(self._request, windows=(window,))
+            self._task = options.remote(rest, self._piece_frames, self._limits)
+        outcome: DecodeOutcome = ray.get(next(self._task))
+        return outcome
+
+    def _count_loss(self) -> None:
+        self._lost += 1
+        if self._lost >= _LOST_TRIES:
+            raise UnitError(
+                f"decoding {self._request.source.key} was lost {_LOST_TRIES} times with nodes of the cluster"
+            )
+
+
 class RayDecoders:
     """Decode requests as Ray tasks, anywhere in the cluster."""
 
@@ -159,6 +237,9 @@ class RayDecoders:
 
     def submit(self, request: DecodeRequest) -> _RayDecode:
         return _RayDecode(request, self._limits)
+
+    def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
+        return _RayStream(request, piece_frames, self._limits).pieces()
 
 
 # encode workers
@@ -176,6 +257,7 @@ class EncodeActor:
         import torch
 
         from jobs.prepare import open_encoder
+        from pipeline.worker import EncodeWorker
 
         torch.set_num_threads(self._spec.encode_threads)
         encoder = open_encoder(self._spec.encoder_source, self._spec.device, self._spec.compute_dtype)

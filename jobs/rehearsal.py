@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from models.spec import EncoderCard, Geometry, GeometryError, Normaliser, Posterior
 from pipeline.errors import UsageError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from models.chunks import StreamState
+    from models.streamed import EncodeStream
 
 PREFIX = "rehearsal:"
 _SOURCE = re.compile(r"rehearsal:([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)@(\d+(?:\.\d+)?)")
@@ -69,24 +70,31 @@ class RehearsalEncoder:
         return self._card
 
     def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None) -> Posterior:
-        began = time.perf_counter()
+        self._card.geometry.latent_shape(*frames_BTHWC.shape[1:4])
+        return self.encode_stream(chunk_frames).run(frames_BTHWC)
+
+    def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> EncodeStream:
+        from models.streamed import EncodeStream, default_chunk_frames
+
         geometry = self._card.geometry
-        B, T, H, W, _ = frames_BTHWC.shape
-        shape = geometry.latent_shape(T, H, W)
-        if chunk_frames is not None and chunk_frames % geometry.temporal_stride:
+        chunk_frames = chunk_frames or default_chunk_frames(geometry)
+        if chunk_frames % geometry.temporal_stride:
             raise GeometryError(f"chunk_frames {chunk_frames} is not a multiple of {geometry.temporal_stride}")
-        pixels = frames_BTHWC[:, :: geometry.temporal_stride, :: geometry.spatial_stride, :: geometry.spatial_stride]
+        return EncodeStream(geometry, self._encode_chunk, chunk_frames, state)
+
+    def _encode_chunk(self, frames_BTHWC: torch.Tensor, state: Any) -> tuple[Posterior, Any]:
+        """Sleep for a chunk; its latents are thumbnails of the last frame of every temporal stride."""
+        began = time.perf_counter()
+        geometry, side = self._card.geometry, self._card.geometry.spatial_stride
+        first = 0 if state is None else geometry.temporal_stride - 1
+        pixels = frames_BTHWC[:, first :: geometry.temporal_stride, ::side, ::side]
         thumbnails = pixels.float().mul(2 / 255).sub(1).permute(0, 4, 1, 2, 3)
         repeats = -(-geometry.channels // 3)
         mean = thumbnails.repeat(1, repeats, 1, 1, 1)[:, : geometry.channels].contiguous()
-        assert mean.shape == (B, *shape)
+        B, T, H, W, _ = frames_BTHWC.shape
         seconds = B * T * H * W / 1e6 / self._megapixels_per_second
         time.sleep(max(0.0, seconds - (time.perf_counter() - began)))
-        return Posterior(mean, None)
-
-    def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> NoReturn:
-        """Refused: it has no state to stream with."""
-        raise GeometryError(f"{self._card.name} takes whole clips")
+        return Posterior(mean, None), "begun"
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         geometry = self._card.geometry

@@ -38,6 +38,11 @@ class ByteWindow:
             self._used_bytes -= num_bytes
             self._changed.notify_all()
 
+    def wait_until_empty(self) -> None:
+        """Wait until nothing is acquired, or the window is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._used_bytes)
+
     def close(self) -> None:
         """Let every waiter go, and take nobody any more."""
         with self._changed:

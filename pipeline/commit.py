@@ -156,14 +156,29 @@ def _failure(error: SampleError) -> dict[str, Any]:
 
 
 def _latent(facts: RowFacts, row: np.ndarray, recipe: Recipe) -> dict[str, Any]:
-    values = to_float32(row, recipe.encode.dtype).astype(np.float64)
+    # One channel at a time: a film's latent is large, and takes four times the memory as float64.
+    channels = [_Statistics.of(to_float32(channel, recipe.encode.dtype).astype(np.float64)) for channel in row]
     return {
         "status": WRITTEN,
         "decoder": facts.decoder,
         "pts_seconds": facts.pts_seconds,
         "checksum": checksum(row),
-        "minimum": float(values.min()),
-        "maximum": float(values.max()),
-        "channel_mean": tuple(values.mean(axis=(1, 2, 3)).tolist()),
-        "channel_variance": tuple(values.var(axis=(1, 2, 3)).tolist()),
+        "minimum": min(channel.minimum for channel in channels),
+        "maximum": max(channel.maximum for channel in channels),
+        "channel_mean": tuple(channel.mean for channel in channels),
+        "channel_variance": tuple(channel.variance for channel in channels),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statistics:
+    """Of one channel of a latent."""
+
+    minimum: float
+    maximum: float
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> _Statistics:
+        return cls(float(values.min()), float(values.max()), float(values.mean()), float(values.var()))

@@ -19,12 +19,14 @@ from collections.abc import Iterable, Iterator
 
 from pipeline.errors import FailureLimitError, JobError
 from pipeline.plan import Unit
-from pipeline.worker import UnitReport
+from pipeline.unit_job import UnitReport
 
 _ALONE_FROM = 2
 _DEATHS_ALONE = 2
 _UNIT_TRIES = 3
 _FAILURES_TOLD = 20
+_SECONDS = ("encode", "copy", "start", "starved", "blocked", "write", "decode", "read")
+_SUMMED = ("frames", "bytes_read", "bytes_written", *(f"{stage}_seconds" for stage in _SECONDS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +61,34 @@ class Progress:
     bytes_read: int = 0
     bytes_written: int = 0
     encode_seconds: float = 0.0
+    copy_seconds: float = 0.0
+    start_seconds: float = 0.0
     starved_seconds: float = 0.0
     blocked_seconds: float = 0.0
+    write_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    read_seconds: float = 0.0
 
     @property
     def clips(self) -> int:
         return self.written + self.failed.total()
 
     @property
+    def span_seconds(self) -> float:
+        """From their first frames on, what encoders encoded, copied, starved for input or were blocked on output."""
+        return self.encode_seconds + self.copy_seconds + self.starved_seconds + self.blocked_seconds
+
+    @property
     def busy_share(self) -> float:
-        """Encode time over the time that encoders encoded, starved for input or were blocked on output."""
-        span = self.encode_seconds + self.starved_seconds + self.blocked_seconds
-        return self.encode_seconds / span if span else 0.0
+        """Encode time over the encoders' span: the speed, as a share of what the bare encoders would reach."""
+        return self.encode_seconds / self.span_seconds if self.span_seconds else 0.0
 
     def add(self, report: UnitReport) -> None:
         self.units += 1
         self.written += report.written
         self.failed.update(report.failed)
         self.failures += report.failures[: _FAILURES_TOLD - len(self.failures)]
-        for name in ("frames", "bytes_read", "bytes_written", "encode_seconds", "starved_seconds", "blocked_seconds"):
+        for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(report, name))
 
 

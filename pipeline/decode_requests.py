@@ -8,11 +8,11 @@ Errors: ShardError for a shard that is not the one that was planned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import groupby
 from typing import Protocol
 
-from pipeline.decode.records import ClipShape, DecodeOutcome, DecodeRequest, MediaSource
+from pipeline.decode.records import ClipShape, DecodedClip, DecodeOutcome, DecodeRequest, MediaSource
 from pipeline.errors import ShardError
 from pipeline.placement import Clip
 from pipeline.recipe import Recipe
@@ -36,12 +36,23 @@ class Decoders(Protocol):
         """Start decoding."""
         ...
 
+    def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
+        """The one window of a request as consecutive clips of `piece_frames` frames; the last one may be shorter.
+
+        Decodes when asked for the next one, or a few ahead; closing the generator ends it.
+
+        Raises:
+            DecodeError: the rest cannot be decoded. UnitError: decoding itself broke.
+        """
+        ...
+
 
 def next_slice(clips: Sequence[Clip], done: int, recipe: Recipe, first_row: int) -> Sequence[Clip]:
     """The clips of the fixed batch that clip number `done` is in: rows [k * B, (k + 1) * B) of the unit. Pure."""
-    batch = (clips[done].row - first_row) // recipe.encode.batch_size
+    batch_size = recipe.batch_size(clips[done].bucket)
+    batch = (clips[done].row - first_row) // batch_size
     end = done
-    while end < len(clips) and (clips[end].row - first_row) // recipe.encode.batch_size == batch:
+    while end < len(clips) and (clips[end].row - first_row) // batch_size == batch:
         end += 1
     return clips[done:end]
 

@@ -1,19 +1,23 @@
-"""From decoded clips to stored rows: one fixed slice of a unit at a time.
+"""From decoded clips to stored rows: one fixed slice of a unit at a time, or one long clip piece by piece.
 
-In:   a slice's decoded clips (or errors) in row order, and the encoder.
+In:   a slice's decoded clips (or errors) in row order, or the pieces of one clip; the encoder.
 Out:  stored rows [n, C, t, h, w] of its n clips and, per clip, RowFacts or the error.
-Cost: one encoder call per slice, always at the full batch size.
+Cost: one encoder call per slice, always at the full batch size; of a long clip one piece, the encoder's state, the row.
 Errors: none for bad clips, they are results; the encoder's own exceptions pass through.
 
 A failed clip and the missing tail of a short slice are zeros in the batch: on most hardware the batch size changes the
-last bits of a latent, so it must not depend on what failed.
+last bits of a latent, so it must not depend on what failed. A long clip has the encoder to itself, and gets what a
+batch of one gets (`VideoEncoder.encode_stream`): bit for bit, however it is cut.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +27,24 @@ from pipeline.commit import RowFacts, RowResult
 from pipeline.decode.records import DecodedClip, DecodeOutcome
 from pipeline.errors import SampleError
 from pipeline.placement import Clip
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, StoreDtype
 from pipeline.store import to_float32, to_stored
+
+_PADDING_FRAMES = 16
+
+
+class EncoderTimer:
+    """Seconds in the encoder's own calls, for one thread."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is inside."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
 
 
 def to_batch(clips: Sequence[Clip], outcomes: Sequence[DecodeOutcome], batch_size: int) -> np.ndarray:
@@ -40,16 +60,25 @@ def to_batch(clips: Sequence[Clip], outcomes: Sequence[DecodeOutcome], batch_siz
 
 
 def encode_slice(
-    encoder: VideoEncoder, recipe: Recipe, clips: Sequence[Clip], outcomes: Sequence[DecodeOutcome]
+    encoder: VideoEncoder,
+    recipe: Recipe,
+    clips: Sequence[Clip],
+    outcomes: Sequence[DecodeOutcome],
+    timer: EncoderTimer | None = None,
 ) -> tuple[np.ndarray, list[RowResult]]:
     """Stored rows of a slice and what became of each of its clips."""
+    timer = timer or EncoderTimer()
     shape = recipe.row_shape(clips[0].bucket)
     if not any(isinstance(outcome, DecodedClip) for outcome in outcomes):
         empty = to_stored(np.full((len(clips), *shape), np.nan, np.float32), recipe.encode.dtype)
         return empty, [outcome for outcome in outcomes if isinstance(outcome, SampleError)]
-    batch = torch.from_numpy(to_batch(clips, outcomes, recipe.encode.batch_size))
-    posterior = encoder.encode(batch, recipe.encode.chunk_frames)
-    values = _select(posterior, recipe, clips)
+    batch = torch.from_numpy(to_batch(clips, outcomes, recipe.batch_size(clips[0].bucket)))
+    with timer.running():
+        posterior = encoder.encode(batch, recipe.encode.chunk_frames)
+    is_drawn = recipe.encode.posterior == "sample"
+    shape_drawn = posterior.mean.shape[1:]
+    noise = [_noise(clip, recipe.encode.sample_seed, shape_drawn) for clip in clips] if is_drawn else []
+    values = _select(_first(posterior, len(clips)), recipe, noise)
     if values.shape != (len(clips), *shape):
         raise RuntimeError(f"{encoder.card.name} made {values.shape=}, the plan says {(len(clips), *shape)}")
     stored = to_stored(values, recipe.encode.dtype)
@@ -58,25 +87,87 @@ def encode_slice(
     ]
 
 
-def _select(posterior: Posterior, recipe: Recipe, clips: Sequence[Clip]) -> np.ndarray:
-    """float32 [n, C, t, h, w] of what the recipe stores, for the real clips of the batch."""
-    mean = posterior.mean[: len(clips)]
+def _first(posterior: Posterior, count: int) -> Posterior:
+    """The real clips of a batch."""
+    return Posterior(posterior.mean[:count], None if posterior.logvar is None else posterior.logvar[:count])
+
+
+class StreamedClip:
+    """One long clip on its way through the encoder: pieces of its frames in, its stored row out.
+
+    `row` [C, t, h, w] is filled as latent frames come.
+    """
+
+    def __init__(
+        self,
+        encoder: VideoEncoder,
+        recipe: Recipe,
+        clip: Clip,
+        row: np.ndarray,
+        timer: EncoderTimer | None = None,
+    ) -> None:
+        self._recipe, self._clip, self._row = recipe, clip, row
+        self._timer = timer or EncoderTimer()
+        self._stream = encoder.encode_stream(recipe.encode.chunk_frames)
+        shape = recipe.encoder.geometry.latent_shape(*dataclasses.astuple(clip.bucket))
+        is_drawn = recipe.encode.posterior == "sample"
+        self._noise = _noise(clip, recipe.encode.sample_seed, torch.Size(shape)) if is_drawn else None
+        self._pts_seconds: list[float] = []
+        self._latent_frames = 0
+        self._check = _ValueCheck(recipe.encode.dtype)
+
+    def push(self, piece: DecodedClip) -> RowResult | None:
+        """Encode the window's next frames; after its last one, what became of the clip."""
+        self._encode(piece.frames)
+        self._pts_seconds += piece.pts_seconds.tolist()
+        if len(self._pts_seconds) < self._clip.window.num_frames:
+            return None
+        missing = self._clip.bucket.num_frames - self._clip.window.num_frames
+        for start in range(0, missing, _PADDING_FRAMES):
+            self._encode(np.repeat(piece.frames[-1:], min(_PADDING_FRAMES, missing - start), axis=0))
+        with self._timer.running():
+            posterior = self._stream.flush()
+        self._store(posterior)
+        if self._latent_frames != self._row.shape[1]:
+            raise RuntimeError(f"the encoder made {self._latent_frames} latent frames, the plan says {self._row.shape}")
+        return self._check.error or RowFacts(piece.decoder, tuple(self._pts_seconds))
+
+    def _encode(self, frames: np.ndarray) -> None:
+        # Frames in a cluster's shared memory are read-only, which a tensor cannot be.
+        own = frames if frames.flags.writeable else frames.copy()
+        with self._timer.running():
+            posterior = self._stream.push(torch.from_numpy(own)[None])
+        self._store(posterior)
+
+    def _store(self, posterior: Posterior | None) -> None:
+        if posterior is None:
+            return
+        start, stop = self._latent_frames, self._latent_frames + posterior.mean.shape[2]
+        noise = [] if self._noise is None else [self._noise[:, start:stop]]
+        (value,) = _select(posterior, self._recipe, noise)
+        stored = to_stored(value, self._recipe.encode.dtype)
+        self._row[:, start:stop] = stored
+        self._check.add(value, stored)
+        self._latent_frames = stop
+
+
+def _select(posterior: Posterior, recipe: Recipe, noise: Sequence[torch.Tensor]) -> np.ndarray:
+    """float32 [n, C, t, h, w] of what the recipe stores; `noise` is one tensor per clip, for samples."""
+    mean, logvar = posterior.mean, posterior.logvar
     mode = recipe.encode.posterior
     if mode == "mean":
         return mean.numpy()
-    if posterior.logvar is None:
+    if logvar is None:
         raise RuntimeError(f"the encoder made no log-variance, and its card promises one: --posterior {mode}")
-    logvar = posterior.logvar[: len(clips)]
     if mode == "moments":
         return torch.cat([mean, logvar], dim=1).numpy()
-    seed = recipe.encode.sample_seed
-    samples = [_draw(mean[place], logvar[place], clip, seed) for place, clip in enumerate(clips)]
+    samples = [_draw(mean[place], logvar[place], one) for place, one in enumerate(noise)]
     return torch.stack(samples).numpy()
 
 
-def _draw(mean: torch.Tensor, logvar: torch.Tensor, clip: Clip, seed: int) -> torch.Tensor:
+def _draw(mean: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """A sample of one clip's posterior, by itself: no neighbour in the batch can change its bits."""
-    return mean + torch.exp(0.5 * logvar) * _noise(clip, seed, mean.shape)
+    return mean + torch.exp(0.5 * logvar) * noise
 
 
 def _noise(clip: Clip, seed: int, shape: torch.Size) -> torch.Tensor:
@@ -94,9 +185,31 @@ def _noise(clip: Clip, seed: int, shape: torch.Size) -> torch.Tensor:
 def _judge(outcome: DecodeOutcome, value: np.ndarray, stored: np.ndarray, recipe: Recipe) -> RowResult:
     if isinstance(outcome, SampleError):
         return outcome
-    if not np.isfinite(value).all():
-        return SampleError("not_finite", "the encoder made infinite or NaN values")
-    dtype = recipe.encode.dtype
-    if not np.isfinite(to_float32(stored, dtype)).all():
-        return SampleError("overflow", f"|latent| reaches {np.abs(value).max():.6g}, too large for {dtype}")
-    return RowFacts(outcome.decoder, tuple(float(pts) for pts in outcome.pts_seconds))
+    check = _ValueCheck(recipe.encode.dtype)
+    check.add(value, stored)
+    return check.error or RowFacts(outcome.decoder, tuple(float(pts) for pts in outcome.pts_seconds))
+
+
+class _ValueCheck:
+    """Whether a clip's values are numbers, and can be stored; they may come in parts."""
+
+    def __init__(self, dtype: StoreDtype) -> None:
+        self._dtype = dtype
+        self._is_finite = True
+        self._largest_overflow = 0.0
+
+    def add(self, value: np.ndarray, stored: np.ndarray) -> None:
+        if not np.isfinite(value).all():
+            self._is_finite = False
+        elif not np.isfinite(to_float32(stored, self._dtype)).all():
+            self._largest_overflow = max(self._largest_overflow, float(np.abs(value).max()))
+
+    @property
+    def error(self) -> SampleError | None:
+        """Why the clip failed."""
+        if not self._is_finite:
+            return SampleError("not_finite", "the encoder made infinite or NaN values")
+        if self._largest_overflow:
+            largest = f"{self._largest_overflow:.6g}"
+            return SampleError("overflow", f"|latent| reaches {largest}, too large for {self._dtype}")
+        return None

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from pipeline.controller import Controller
 from pipeline.errors import JobError
 from pipeline.plan import Unit
-from pipeline.worker import UnitReport
+from pipeline.unit_job import UnitReport
 
 _TICK_SECONDS = 1.0
 _GIVEN_UP_TOLD = 20
@@ -116,11 +116,19 @@ class _Run:
             self.starting.add(self.engine.start_worker())
 
     def feed(self) -> None:
-        for worker in sorted(self.ready):
-            if not self.controller.leases_of(worker):
-                self.busy_since[worker] = self.clock()
-            while (unit := self.controller.lease(worker)) is not None:
-                self.engine.submit(worker, unit)
+        """Lease units by turns: of the last few, no worker gets all."""
+        hungry = sorted(self.ready)
+        while hungry:
+            hungry = [worker for worker in hungry if self._feed_one(worker)]
+
+    def _feed_one(self, worker: str) -> bool:
+        """Whether the worker took a unit."""
+        if not self.controller.leases_of(worker):
+            self.busy_since[worker] = self.clock()
+        unit = self.controller.lease(worker)
+        if unit is not None:
+            self.engine.submit(worker, unit)
+        return unit is not None
 
     def handle(self, event: Event) -> None:
         worker = event.worker

@@ -20,7 +20,8 @@ from pipeline.engine import Event, UnitDone, UnitFailed, WorkerReady
 from pipeline.errors import JobError, LatentmillError
 from pipeline.plan import Plan, Unit
 from pipeline.storage import Storage
-from pipeline.worker import EncodeWorker, UnitReport
+from pipeline.unit_job import UnitReport
+from pipeline.worker import EncodeWorker
 
 _NAME = "local"
 

@@ -118,9 +118,9 @@ class Plan:
         """Counts of samples that have no row, by shard and reason."""
         return (line for generation in self.generations for line in generation.lines if line.bucket is None)
 
-    def units(self) -> Iterator[Unit]:
-        """Every unit that has rows, buckets in order."""
-        for bucket in sorted(self.buckets):
+    def units(self, buckets: Iterable[Bucket] | None = None) -> Iterator[Unit]:
+        """Every unit that has rows: of all buckets, in order, or of these."""
+        for bucket in sorted(self.buckets) if buckets is None else buckets:
             plan = self.buckets[bucket]
             for number in range(-(-plan.end_row // plan.unit_rows)):
                 if any(True for _ in plan.lines_between(*self._rows(plan, number))):

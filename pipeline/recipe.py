@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 StoreDtype = Literal["float16", "float32", "bfloat16"]
 ComputeDtype = Literal["float32", "bfloat16"]
 _BYTES_PER_VALUE: dict[StoreDtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+_MEGABYTE = 1 << 20
 _UNIT_BYTES = 32 << 20
 _UNIT_ROWS_AT_MOST = 256
 
@@ -53,6 +54,9 @@ class EncodeConfig:
     """Clips per encoder call: fixed slices of a unit's rows, since the batch size changes the last bits."""
     chunk_frames: int | None = None
     """Frames per streamed piece after the leading frame; None is the encoder's own default."""
+    stream_mb: float = 128.0
+    """Longer clips (MB of decoded frames) are encoded piece by piece as they are decoded, one clip per encoder call,
+    when the encoder is causal. So memory does not grow with a clip's length."""
     sample_seed: int = 0
     """With posterior "sample": mixed with each clip's identity."""
     unit_rows: int | None = None
@@ -64,6 +68,8 @@ class EncodeConfig:
         _require_word("--compute-dtype", self.compute_dtype, ComputeDtype)
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if not self.stream_mb > 0:
+            raise UsageError(f"--stream-mb must be positive, got {self.stream_mb}")
         if self.unit_rows is not None and (self.unit_rows < 1 or self.unit_rows % self.batch_size):
             raise UsageError(f"--unit-rows must be a multiple of --batch-size {self.batch_size}, got {self.unit_rows}")
         if self.sample_seed and self.posterior != "sample":
@@ -118,12 +124,22 @@ class Recipe:
         channels, t, h, w = self.row_shape(bucket)
         return channels * t * h * w * _BYTES_PER_VALUE[self.encode.dtype]
 
+    def streams(self, bucket: Bucket) -> bool:
+        """Whether a bucket's clips, all of them, go through decoder and encoder in pieces."""
+        frame_bytes = bucket.height * bucket.width * 3
+        is_long = bucket.num_frames * frame_bytes > self.encode.stream_mb * _MEGABYTE
+        return is_long and self.encoder.geometry.causality == "causal"
+
+    def batch_size(self, bucket: Bucket) -> int:
+        """Clips per encoder call."""
+        return 1 if self.streams(bucket) else self.encode.batch_size
+
     def unit_rows(self, bucket: Bucket) -> int:
         """S, the rows of a unit: whole encoder batches."""
         if self.encode.unit_rows is not None:
             return self.encode.unit_rows
         rows = min(_UNIT_ROWS_AT_MOST, _UNIT_BYTES // self.row_bytes(bucket))
-        return max(1, rows // self.encode.batch_size) * self.encode.batch_size
+        return max(1, rows // self.batch_size(bucket)) * self.batch_size(bucket)
 
     @functools.cached_property
     def fingerprint(self) -> str:

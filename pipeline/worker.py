@@ -3,98 +3,67 @@
 In:   units, an encoder, a decode pool, the plan and the store.
 Out:  one Future[UnitReport] per submitted unit.
 Cost: decoded frames within `window_bytes`, or what one slice and one decode request need where that is more; the rows
-      of each unit in flight.
+      of each unit in flight; of each long clip under way the encoder's state.
 Errors: UnitError or JobError in a unit's future; anything unexpected goes to `on_fatal`, and cancels all units.
 
 Three threads, each with a bounded hand-over: feed (decode requests within the window of bytes), encode (fixed slices,
 in row order), write (checksum, Zarr, commit). Frames wait nowhere else. A thread never gives up taking what the one
 before hands over: once the worker stops it drops it, so that none of them waits for another that is gone.
+
+Buckets of long clips (`Recipe.streams`) come to the encode thread in pieces, of several clips by turns, as they are
+decoded (pipeline.clip_streams). Each clip has an encoder's stream of its own, so the turns change no bit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
 from models.spec import VideoEncoder
+from models.streamed import default_chunk_frames
 from pipeline.byte_window import ByteWindow
-from pipeline.commit import CommitReport, RowResult, commit
-from pipeline.decode.records import DecodeOutcome
+from pipeline.clip_streams import ClipStreams, StreamPlan
+from pipeline.commit import RowResult, commit
+from pipeline.decode.records import DecodedClip, DecodeOutcome
 from pipeline.decode_requests import Decoders, PendingDecode, next_slice, require_unchanged, to_requests
-from pipeline.encode import encode_slice
-from pipeline.errors import LatentmillError, SampleError
+from pipeline.encode import EncoderTimer, StreamedClip, encode_slice
+from pipeline.errors import DecodeError, LatentmillError
 from pipeline.index import read_fragment
-from pipeline.placement import Clip, PlacedShard
+from pipeline.placement import PlacedShard
 from pipeline.plan import Plan, Unit
 from pipeline.shards import ShardRef
 from pipeline.storage import Storage
 from pipeline.store import absent_rows
+from pipeline.unit_job import UnitJob, UnitReport
 
-_FAILURES_TOLD = 20
 _STOP_SECONDS = 10.0
 _REQUESTS_PER_WINDOW = 4  # One request must leave room in the window for others to be decoded beside it.
-
-
-@dataclasses.dataclass(frozen=True)
-class UnitReport:
-    """What one unit cost and what became of it.
-
-    failed: clips by reason. failures: (key, reason, detail) of the first of them. Seconds are wall time of the encode
-    thread, `write_seconds` of the write thread; `starved_seconds` it waited for frames, `blocked_seconds` for the write
-    thread to take the unit before. won: False when another worker had committed the unit already.
-    """
-
-    unit: Unit
-    written: int
-    failed: dict[str, int]
-    failures: tuple[tuple[str, str, str], ...]
-    frames: int
-    bytes_read: int
-    bytes_written: int
-    encode_seconds: float
-    starved_seconds: float
-    blocked_seconds: float
-    write_seconds: float
-    won: bool
-
-
-@dataclasses.dataclass
-class _Job:
-    """A unit on its way through the threads, in the hands of one at a time but for its future.
-
-    The feed thread sets clips and rows; `outcomes` are decoded and not yet encoded.
-    """
-
-    unit: Unit
-    future: Future[UnitReport]
-    clips: list[Clip] = dataclasses.field(default_factory=list)
-    rows: np.ndarray = dataclasses.field(init=False)
-    outcomes: list[DecodeOutcome] = dataclasses.field(default_factory=list)
-    results: list[RowResult] = dataclasses.field(default_factory=list)
-    encode_seconds: float = 0.0
-    starved_seconds: float = 0.0
-    blocked_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Decode:
     """One decode request of a job under way, and its bytes in the window."""
 
-    job: _Job
+    job: UnitJob
     num_bytes: int
     pending: PendingDecode
 
-    @property
-    def future(self) -> Future[UnitReport]:
-        return self.job.future
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """The next frames of a job's long clip, or the error that ended it, and their bytes in the window."""
+
+    job: UnitJob
+    num_bytes: int
+    place: int
+    outcome: DecodeOutcome
 
 
 class EncodeWorker:
@@ -118,12 +87,15 @@ class EncodeWorker:
         self._placed: dict[str, PlacedShard] = {}
         self._window = ByteWindow(window_bytes)
         self._in_flight: set[Future[UnitReport]] = set()
-        self._submitted: queue.Queue[_Job | None] = queue.Queue()
-        self._decoding: queue.Queue[_Decode | None] = queue.Queue()  # bounded by the window
-        self._encoded: queue.Queue[_Job | None] = queue.Queue(maxsize=1)
+        self._submitted: queue.Queue[UnitJob | None] = queue.Queue()
+        self._decoding: queue.Queue[_Decode | _Piece | None] = queue.Queue()  # bounded by the window
+        self._encoded: queue.Queue[UnitJob | None] = queue.Queue(maxsize=1)
         self._stopping = threading.Event()
         self._free_since = time.perf_counter()
+        self._has_begun = False
         self._blocked_seconds = 0.0
+        self._timer = EncoderTimer()
+        self._streams = ClipStreams(decoders, self._window, self._end)
         self._threads = [
             self._start("feed", self._feed, self._submitted, self._decoding),
             self._start("encode", self._encode, self._decoding, self._encoded),
@@ -140,7 +112,7 @@ class EncodeWorker:
         future: Future[UnitReport] = Future()
         self._in_flight.add(future)
         future.add_done_callback(self._in_flight.discard)
-        self._submitted.put(_Job(unit, future))
+        self._submitted.put(UnitJob(unit, future))
         if self._stopping.is_set():
             future.cancel()
         return future
@@ -180,22 +152,56 @@ class EncodeWorker:
                 if not self._stopping.is_set():
                     handle(item)
             except LatentmillError as error:
-                _settle(item.future, error)
+                (item if isinstance(item, UnitJob) else item.job).settle(error)
             except BaseException as error:  # noqa: BLE001 (a dead stage must never look alive, whatever killed it)
-                self._on_fatal(error)
-                self._stop()
+                self._end(error)
             del item  # Or its frames would stay until the next one comes.
+        if inbox is self._submitted:
+            self._streams.wait()
         if outbox is not None:
             outbox.put(None)
 
-    def _feed(self, job: _Job) -> None:
+    def _end(self, error: BaseException) -> None:
+        self._on_fatal(error)
+        self._stop()
+
+    def _feed(self, job: UnitJob) -> None:
         recipe = self._plan.recipe
         job.clips = list(self._plan.clips_of(job.unit, self._placed_shard))
         job.rows = absent_rows(recipe, job.unit.bucket)
+        if recipe.streams(job.unit.bucket):
+            self._feed_pieces(job)
+        else:
+            self._feed_windows(job)
+
+    def _feed_pieces(self, job: UnitJob) -> None:
+        if not self._streams.active:
+            self._window.wait_until_empty()
+        recipe = self._plan.recipe
+        frame_bytes = job.clips[0].decoded_bytes // job.unit.bucket.num_frames
+        chunk_frames = recipe.encode.chunk_frames or default_chunk_frames(recipe.encoder.geometry)
+        plan = StreamPlan.of(self._window.limit_bytes, frame_bytes, chunk_frames)
+        for place, request in enumerate(to_requests(job.clips, recipe, group_bytes=1)):
+            if not job.future.done():
+                self._streams.start(request, plan, functools.partial(self._take_piece, job, place))
+
+    def _take_piece(self, job: UnitJob, place: int, outcome: DecodeOutcome | LatentmillError, num_bytes: int) -> bool:
+        """In a clip's own thread: queue what came for the encoder. Whether more is wanted."""
+        if not isinstance(outcome, DecodedClip | DecodeError):
+            job.settle(outcome)
+            return False
+        self._decoding.put(_Piece(job, num_bytes, place, outcome))
+        return isinstance(outcome, DecodedClip) and not job.future.done()
+
+    def _feed_windows(self, job: UnitJob) -> None:
+        self._streams.wait()
+        recipe = self._plan.recipe
         clip_bytes = job.clips[0].decoded_bytes
         requests = to_requests(job.clips, recipe, self._window.limit_bytes // _REQUESTS_PER_WINDOW)
         # A slice that is all there but for one clip must not keep that clip's request out.
-        needed_bytes = (recipe.encode.batch_size + max(len(request.windows) for request in requests)) * clip_bytes
+        needed_bytes = (
+            recipe.batch_size(job.unit.bucket) + max(len(request.windows) for request in requests)
+        ) * clip_bytes
         for request in requests:
             num_bytes = len(request.windows) * clip_bytes
             if job.future.done() or not self._window.acquire(num_bytes, needed_bytes):
@@ -215,83 +221,105 @@ class EncodeWorker:
             self._placed = {shard.shard_id: placed}
         return self._placed[shard.shard_id]
 
-    def _encode(self, decode: _Decode) -> None:
+    def _encode(self, decode: _Decode | _Piece) -> None:
+        if isinstance(decode, _Piece):
+            self._encode_piece(decode)
+        else:
+            self._encode_window(decode)
+        self._free_since = time.perf_counter()
+
+    def _encode_window(self, decode: _Decode) -> None:
         job = decode.job
         clip_bytes = job.clips[0].decoded_bytes
         try:
             outcomes = decode.pending.result()
         except LatentmillError as error:
             self._window.release(decode.num_bytes)
-            _settle(job.future, error)
+            job.settle(error)
         else:
             assert len(outcomes) * clip_bytes == decode.num_bytes, f"{len(outcomes)} outcomes, not one per window"
             job.outcomes += outcomes
-        job.starved_seconds += time.perf_counter() - self._free_since
+            job.count(outcomes)
+        self._count_wait(job)
         if job.future.done():
             self._window.release(len(job.outcomes) * clip_bytes)
             job.outcomes.clear()
         else:
             self._encode_ready(job)
-        self._free_since = time.perf_counter()
 
-    def _encode_ready(self, job: _Job) -> None:
+    def _encode_ready(self, job: UnitJob) -> None:
         """Encode every slice of the job whose clips are all there, and hand the job on after its last."""
         recipe = self._plan.recipe
-        first_row = job.unit.number * recipe.unit_rows(job.unit.bucket)
+        first_row = self._first_row(job)
         while job.outcomes and not self._stopping.is_set():
             clips = next_slice(job.clips, len(job.results), recipe, first_row)
             if len(job.outcomes) < len(clips):
                 return
-            started = time.perf_counter()
-            rows, results = encode_slice(self._encoder, recipe, clips, job.outcomes[: len(clips)])
-            job.encode_seconds += time.perf_counter() - started
+            with self._timed(job):
+                rows, results = encode_slice(self._encoder, recipe, clips, job.outcomes[: len(clips)], self._timer)
             del job.outcomes[: len(clips)]
             self._window.release(len(clips) * clips[0].decoded_bytes)
             start = clips[0].row - first_row
             job.rows[start : start + len(clips)] = rows
-            job.results += results
-        if len(job.results) == len(job.clips):
-            self._hand_on(job)
+            job.results.update(enumerate(results, start=len(job.results)))
+        self._hand_on_if_complete(job)
 
-    def _hand_on(self, job: _Job) -> None:
+    def _encode_piece(self, piece: _Piece) -> None:
+        job, outcome = piece.job, piece.outcome
+        self._count_wait(job)
+        try:
+            if job.future.done():
+                return
+            with self._timed(job):
+                result: RowResult | None = outcome if isinstance(outcome, DecodeError) else self._push(piece, outcome)
+        finally:
+            self._window.release(piece.num_bytes)
+        if result is not None:
+            job.streams.pop(piece.place, None)
+            job.results[piece.place] = result
+            self._hand_on_if_complete(job)
+
+    def _push(self, piece: _Piece, decoded: DecodedClip) -> RowResult | None:
+        job, place = piece.job, piece.place
+        job.count([decoded])
+        if place not in job.streams:
+            clip = job.clips[place]
+            row = job.rows[clip.row - self._first_row(job)]
+            job.streams[place] = StreamedClip(self._encoder, self._plan.recipe, clip, row, self._timer)
+        return job.streams[place].push(decoded)
+
+    def _count_wait(self, job: UnitJob) -> None:
+        """Until its first frames a worker starts; after them it starves."""
+        seconds = time.perf_counter() - self._free_since
+        if self._has_begun:
+            job.starved_seconds += seconds
+        else:
+            job.start_seconds += seconds
+        self._has_begun = True
+
+    @contextlib.contextmanager
+    def _timed(self, job: UnitJob) -> Iterator[None]:
+        """Count the seconds inside as the encoder's, and the rest as copying."""
+        started, encoded = time.perf_counter(), self._timer.seconds
+        yield
+        encode_seconds = self._timer.seconds - encoded
+        job.encode_seconds += encode_seconds
+        job.copy_seconds += time.perf_counter() - started - encode_seconds
+
+    def _first_row(self, job: UnitJob) -> int:
+        return job.unit.number * self._plan.recipe.unit_rows(job.unit.bucket)
+
+    def _hand_on_if_complete(self, job: UnitJob) -> None:
+        if len(job.results) < len(job.clips):
+            return
         # The time in `put` goes to the next unit: this one's report may be out before `put` returns.
         job.blocked_seconds = self._blocked_seconds
         started = time.perf_counter()
         self._encoded.put(job)
         self._blocked_seconds = time.perf_counter() - started
 
-    def _write(self, job: _Job) -> None:
+    def _write(self, job: UnitJob) -> None:
         started = time.perf_counter()
-        committed = commit(self._storage, self._plan, job.unit, job.clips, job.results, job.rows)
-        _settle(job.future, _report(job, committed, time.perf_counter() - started))
-
-
-def _settle(future: Future[UnitReport], outcome: UnitReport | LatentmillError) -> None:
-    """Resolve the future, unless it was cancelled or another thread came first."""
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, UnitReport):
-            future.set_result(outcome)
-        else:
-            future.set_exception(outcome)
-
-
-def _report(job: _Job, committed: CommitReport, write_seconds: float) -> UnitReport:
-    pairs = list(zip(job.clips, job.results, strict=True))
-    failures = [
-        (clip.sample.key, error.reason, error.detail) for clip, error in pairs if isinstance(error, SampleError)
-    ]
-    sizes = {(clip.shard_url, clip.sample.offset): clip.sample.size_bytes for clip in job.clips}
-    return UnitReport(
-        unit=job.unit,
-        written=committed.written,
-        failed=committed.failed,
-        failures=tuple(failures[:_FAILURES_TOLD]),
-        frames=sum(clip.window.num_frames for clip, result in pairs if not isinstance(result, SampleError)),
-        bytes_read=sum(sizes.values()),
-        bytes_written=committed.bytes_written,
-        encode_seconds=job.encode_seconds,
-        starved_seconds=job.starved_seconds,
-        blocked_seconds=job.blocked_seconds,
-        write_seconds=write_seconds,
-        won=committed.won,
-    )
+        results = [job.results[place] for place in range(len(job.clips))]
+        committed = commit(self._storage, self._plan, job.unit, job.clips, results, job.rows)
+        job.settle(job.report(committed, time.perf_counter() - started))

@@ -14,7 +14,7 @@ import json
 import random
 import tarfile
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -25,9 +25,18 @@ from models.chunks import StreamState
 from models.spec import EncoderCard, Geometry, Normaliser, Posterior
 from models.streamed import EncodeStream
 from pipeline.account import close_books
+from pipeline.decode.backend import pieces_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
-from pipeline.decode.records import ClipShape, DecodedClip, DecodeOutcome, DecodeRequest, MediaInfo, Window
+from pipeline.decode.records import (
+    ClipShape,
+    DecodedClip,
+    DecodeOutcome,
+    DecodeRequest,
+    MediaInfo,
+    MediaKind,
+    Window,
+)
 from pipeline.decode_requests import Decoders
 from pipeline.errors import DecodeError
 from pipeline.index import IndexFragment, MemberCounts, index_shard, write_fragment
@@ -197,6 +206,27 @@ def _fake_fragment(path: Path, num_frames: Mapping[str, int]) -> IndexFragment:
     return IndexFragment(identify(str(path)), samples, MemberCounts(len(samples), len(samples), 0))
 
 
+def fragment_of_lengths(number: int, lengths: Sequence[int]) -> IndexFragment:
+    """A shard of videos of these lengths, every third one wide; length 0 is an image, negative a damaged sample."""
+    samples = [
+        Sample(
+            f"{number}/{place}",
+            offset=512 * place,
+            size_bytes=100,
+            member="x.mp4",
+            media=_media(max(1, length), 128 if place % 3 == 0 else 64, "video" if length else "image"),
+            status="ok" if length >= 0 else "failed",
+            reason="" if length >= 0 else "truncated",
+        )
+        for place, length in enumerate(lengths)
+    ]
+    return IndexFragment(ShardRef(f"shard-{number}.tar", 1000, "v"), tuple(samples), MemberCounts(1, 1, 0))
+
+
+def _media(num_frames: int, width: int, kind: MediaKind) -> MediaInfo:
+    return MediaInfo(kind, "mov", "h264", width, 64, 0, 24.0, num_frames, num_frames / 24, "yuv420p", 1)
+
+
 def fake_frames(key: str, window: Window, shape: ClipShape) -> np.ndarray:
     """The frames that FakeDecoders make: noise that depends on nothing but the arguments."""
     draw = np.random.default_rng([*key.encode(), window.start])
@@ -231,6 +261,17 @@ class FakeDecoders:
         else:
             self._decode(request, future)
         return future
+
+    def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
+        """A video in `bad` turns out to be so after its first piece, where it has several."""
+        (outcome,) = self.submit(request).result()
+        (window,) = request.windows
+        clip = self._clip(request.source.key, window, request.shape)
+        for piece in pieces_of(Window(0, window.num_frames), piece_frames):
+            if isinstance(outcome, DecodeError) and piece.start + piece.num_frames == window.num_frames:
+                raise outcome
+            part = slice(piece.start, piece.start + piece.num_frames)
+            yield DecodedClip(clip.frames[part], clip.pts_seconds[part], clip.decoder)
 
     def _decode(self, request: DecodeRequest, future: Future[tuple[DecodeOutcome, ...]]) -> None:
         key = request.source.key

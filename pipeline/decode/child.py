@@ -18,6 +18,7 @@ import logging
 import os
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from typing import IO
 
@@ -71,12 +72,20 @@ class Answers:
         try:
             if "probe" in message:
                 return {"info": dataclasses.asdict(probe_media(MediaSource(**message["probe"]), self._limits))}
-            request = request_from_json(message["decode"])
-            return {"outcomes": [outcome_to_json(outcome) for outcome in self._outcomes(request, message)]}
+            return self._decoded(message)
         except LatentmillError as error:
             return error_to_json(error)
         except MemoryError:
             return {"out_of_memory": True}
+
+    def _decoded(self, message: Json) -> Json:
+        """Outcomes, and the seconds they took: of the processor, and beside those."""
+        request = request_from_json(message["decode"])
+        cpu, wall = time.process_time(), time.perf_counter()
+        outcomes = [outcome_to_json(outcome) for outcome in self._outcomes(request, message)]
+        cpu_seconds = time.process_time() - cpu
+        wait_seconds = max(0.0, time.perf_counter() - wall - cpu_seconds)
+        return {"outcomes": outcomes, "cpu_seconds": cpu_seconds, "wait_seconds": wait_seconds}
 
     def _outcomes(self, request: DecodeRequest, message: Json) -> Sequence[DecodeOutcome]:
         frames, stop = self._arena.frames(request), message.get("stream_stop")

@@ -11,7 +11,7 @@ The queue has no bound of its own: whoever submits keeps account of bytes (`Deco
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -60,13 +60,18 @@ class ProcessPool:
         """The process ids of the children that run."""
         return [process.pid for process in self._processes if process.pid is not None]
 
+    def start(self) -> None:
+        """Begin to start every child; else each starts with its first request."""
+        for process in self._processes:
+            process.start()
+
     def submit(self, request: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
         return self._threads.submit(self._run, lambda process: process.decode(request))
 
     def probe(self, source: MediaSource) -> Future[MediaInfo]:
         return self._threads.submit(self._run, lambda process: process.probe(source))
 
-    def stream(self, request: DecodeRequest, piece_frames: int) -> Iterator[DecodedClip]:
+    def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
         """As DecodeProcess.stream, on one of the processes, which serves nobody else until the iterator ends."""
         with self._borrowed() as process:
             yield from process.stream(request, piece_frames)

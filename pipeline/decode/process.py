@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NoReturn
 
 from pipeline.decode.arena import FrameMemory
@@ -54,6 +54,12 @@ class DecodeProcess:
         """The child's process id, when there is one."""
         return self._child.pid if self._child else None
 
+    def start(self) -> None:
+        """Begin to start the child, so that the first request need not wait for all of it."""
+        with self._state:
+            if self._child is None and not self._closed:
+                self._child = ChildProcess(self._child_module, self._limits)
+
     def probe(self, source: MediaSource) -> MediaInfo:
         """What the media is.
 
@@ -90,7 +96,7 @@ class DecodeProcess:
             outcomes = dict(self._decode_singles(request))
         return tuple(outcomes[position] for position in range(len(request.windows)))
 
-    def stream(self, request: DecodeRequest, piece_frames: int) -> Iterator[DecodedClip]:
+    def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
         """The one window of a request as consecutive clips of `piece_frames` frames; the last one may be shorter.
 
         Together they are what `decode` gives. The time limit holds for each by itself; a child that is lost, or that
@@ -151,7 +157,7 @@ class DecodeProcess:
         child.clips_served += len(request.windows)
         message: Json = {"decode": request_to_json(request), "stream_stop": stream_stop}
         reply = self._exchange(message, self._limits.decode_seconds(request))
-        outcomes = outcomes_from_json(reply["outcomes"], child.arena.frames(request), self._memory.copy)
+        outcomes = outcomes_from_json(reply, child.arena.frames(request), self._memory.copy)
         if child.clips_served >= self._limits.clips_per_process:
             self._discard_child()
         return outcomes
@@ -173,12 +179,11 @@ class DecodeProcess:
         return reply
 
     def _running_child(self) -> ChildProcess:
+        self.start()
         with self._state:
-            if self._closed:
-                self._raise_closed()
-            if self._child is None:
-                self._child = ChildProcess(self._child_module, self._limits)
             child = self._child
+        if child is None or self._closed:
+            self._raise_closed()
         if not child.ready:
             try:
                 child.wait_until_ready()

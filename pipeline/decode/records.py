@@ -135,12 +135,15 @@ class DecodedClip:
     """One window's frames.
 
     frames: uint8, T H W 3, RGB. pts_seconds: float64, T, the presentation time of the frame taken for each position,
-    measured from the video's first frame. decoder: the back end that made it.
+    measured from the video's first frame. decoder: the back end that made it. cpu_seconds, wait_seconds: its share of
+    what the request cost the decode process, at work and waiting (for bytes, or for a core).
     """
 
     frames: np.ndarray
     pts_seconds: np.ndarray
     decoder: str
+    cpu_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 4 or self.frames.shape[3] != 3 or self.frames.dtype != np.uint8:

@@ -56,13 +56,15 @@ def outcome_to_json(outcome: DecodeOutcome) -> Json:
 
 
 def outcomes_from_json(
-    outcomes: Sequence[Json], frames: Sequence[np.ndarray], copied: Callable[[np.ndarray], np.ndarray]
+    reply: Json, frames: Sequence[np.ndarray], copied: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[DecodeOutcome, ...]:
-    """Undo `outcome_to_json`; `frames` has every window's, and those that succeeded are copied."""
+    """The outcomes of a reply; `frames` has every window's, and those that succeeded are copied."""
+    outcomes = reply["outcomes"]
+    cost = [reply[name] / len(outcomes) for name in ("cpu_seconds", "wait_seconds")]
     return tuple(
         _decode_error(fields)
         if "error" in fields
-        else DecodedClip(copied(pictures), np.array(fields["pts_seconds"], np.float64), fields["decoder"])
+        else DecodedClip(copied(pictures), np.array(fields["pts_seconds"], np.float64), fields["decoder"], *cost)
         for fields, pictures in zip(outcomes, frames, strict=True)
     )
 

@@ -1,27 +1,85 @@
-"""The line of advice at a job's end names what the encoders waited for."""
+"""What a job says at its end: where the time went, and what would make it faster."""
 
 from __future__ import annotations
 
+import json
 import re
+import time
+from pathlib import Path
 
 import pytest
 
-from jobs.progress import advice, format_seconds
+from jobs.__main__ import main
+from jobs.progress import advice, format_seconds, time_lines
+from jobs.start_times import StartTimes, process_seconds
 from pipeline.controller import Progress
+from tests.fakes import write_numbered_shards
 
 
 @pytest.mark.parametrize(
-    ("encode", "starved", "blocked", "line"),
+    ("seconds", "line"),
     [
-        (98.0, 1.0, 1.0, "encode-bound: the encoders were busy 98% of the time"),
-        (25.0, 70.0, 5.0, "decode-bound: the encoders waited 75% of the time.* about 4.0 times the decode cores"),
-        (50.0, 10.0, 40.0, "write-bound: the encoders waited 50% of the time"),
-        (0.0, 10.0, 0.0, "decode-bound: .* about 100.0 times"),
+        ({"encode": 98, "starved": 1, "blocked": 1}, "encode-bound: the encoders were busy 98% of the time"),
+        (
+            {"encode": 25, "starved": 70, "blocked": 5, "decode": 100},  # 4 cores would do, and 1 was at work
+            "decode-bound: the encoders waited 75% of the time, .* about 6 more decode cores would keep them busy",
+        ),
+        ({"encode": 90, "starved": 10, "decode": 50}, "decode-bound: .* about 1 more decode core would keep"),
+        ({"encode": 50, "starved": 40, "decode": 30, "read": 31}, "read-bound: the encoders waited 44% of the time"),
+        ({"encode": 50, "starved": 10, "blocked": 40}, "write-bound: the encoders waited 50% of the time"),
+        ({"encode": 60, "starved": 10, "blocked": 10, "copy": 20}, "copy-bound: the encoders waited 40% of the time"),
     ],
 )
-def test_advice_follows_the_seconds(encode: float, starved: float, blocked: float, line: str) -> None:
-    progress = Progress(units=1, encode_seconds=encode, starved_seconds=starved, blocked_seconds=blocked)
-    assert re.match(line, advice(progress))
+def test_advice_follows_the_seconds(seconds: dict[str, int], line: str) -> None:
+    progress = Progress(units=1, **{f"{stage}_seconds": float(value) for stage, value in seconds.items()})  # type: ignore[arg-type]
+    assert re.match(line, advice(progress, workers=2))
+
+
+def test_shares_are_of_the_encoders_span() -> None:
+    progress = Progress(
+        encode_seconds=60.0, starved_seconds=20.0, blocked_seconds=15.0, copy_seconds=5.0, write_seconds=33.0,
+        decode_seconds=44.0, read_seconds=11.0, start_seconds=9.0,
+    )  # fmt: skip
+    shares, stages = time_lines(progress)
+    assert shares == (
+        "encoder busy 60.0% of its span, 0.60 of the bare encoder's speed: "
+        "starved for input 20.0%, blocked on output 15.0%, copying 5.0%"
+    )
+    assert stages == (
+        "stages: wait for bytes or a core 11.0 s, decode 44.0 s, wait for the first frames 9.0 s, "
+        "wait for input 20.0 s, copy 5.0 s, encode 60.0 s, wait for output 15.0 s, write and commit 33.0 s"
+    )
+
+
+def test_steps_of_the_start_are_told_once_each() -> None:
+    clock = iter([2.0, 2.5, 7.5, 9.0])
+    times = StartTimes(lambda: next(clock))
+    for step in ("imports", "index", "index", "worker"):
+        times.reach(step)
+    assert times.steps == {"imports": 2.0, "index": 0.5, "worker": 6.5}
+    assert times.total == 9.0
+
+
+def test_the_age_of_this_process_grows() -> None:
+    before = process_seconds()
+    time.sleep(0.05)
+    assert 0 < before < process_seconds() - 0.04 < before + 5
+
+
+def test_a_job_tells_where_its_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = write_numbered_shards(tmp_path / "shards", 1, 3)
+    store = tmp_path / "store"
+    recipe = ["--encoder", "rehearsal:4x8x8x16@2", "--frames", "9", "--sizes", "32x32", "--unit-rows", "4"]
+    assert main(["encode", str(shard), "--store", str(store), *recipe, "--local"]) == 0
+    told = capsys.readouterr().err
+    for line in ("done: 1 units, 3 clips", "first unit committed", "encoder busy", "stages: ", r"\w+-bound: "):
+        assert re.search(f"^encode: {line}", told, re.MULTILINE)
+    (log,) = (json.loads(path.read_text()) for path in store.glob("runs/*.json"))
+    assert list(log["start_seconds"]) == ["imports", "index", "plan", "encoder", "worker", "first unit"]
+    progress = log["progress"]
+    assert progress["encode_seconds"] >= 4 * 9 * 32 * 32 / 2e6  # a slice of four clips at two megapixels per second
+    assert min(progress[f"{stage}_seconds"] for stage in ("decode", "start", "copy", "write")) > 0
+    assert log["first_unit_seconds"] <= log["seconds"]
 
 
 @pytest.mark.parametrize(

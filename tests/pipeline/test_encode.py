@@ -1,23 +1,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from models.spec import Posterior
-from pipeline.commit import RowFacts
+from models.spec import Posterior, VideoEncoder
+from pipeline.buckets import BucketConfig
+from pipeline.commit import RowFacts, RowResult
 from pipeline.decode.records import DecodedClip
-from pipeline.encode import encode_slice, to_batch
+from pipeline.encode import StreamedClip, encode_slice, to_batch
 from pipeline.errors import DecodeError, SampleError
 from pipeline.placement import Clip
 from pipeline.recipe import EncodeConfig, Recipe
 from pipeline.sampling import SamplingConfig
-from pipeline.store import to_float32
+from pipeline.store import absent_rows, to_float32
 from tests.fakes import FakeEncoder, fake_recipe
 from tests.plans import all_clips, decoded, fragment, media_info, outcomes_of, plan_of
+from tests.pretrained_models import STREAMED, Saved
 
 FRAGMENTS = [fragment("a", [media_info(30)] * 4)]
 
@@ -183,3 +187,99 @@ def test_outcomes_are_made_from_the_clip_alone() -> None:
     one = clips(1)[0]
     assert isinstance(outcomes_of([one])[0], DecodedClip)
     np.testing.assert_array_equal(decoded(one).frames, decoded(one).frames)
+
+
+# long clips, piece by piece
+
+
+def long_clips(num_frames: int = 30, frames: int = 41, **encode: Any) -> tuple[list[Clip], Recipe]:
+    recipe = fake_recipe(
+        sampling=SamplingConfig((frames,), short="pad"),
+        encode=EncodeConfig(batch_size=1, unit_rows=1, stream_mb=0.01, **encode),
+    )
+    fragments = [fragment("a", [media_info(num_frames)])]
+    return all_clips(plan_of(recipe, fragments), fragments), recipe
+
+
+def streamed(encoder: VideoEncoder, recipe: Recipe, clip: Clip, piece_frames: int) -> tuple[np.ndarray, RowResult]:
+    """The stored row and the result of one clip that came in pieces."""
+    whole, result = decoded(clip), None
+    row = absent_rows(recipe, clip.bucket)[0]
+    stream = StreamedClip(encoder, recipe, clip, row)
+    for start in range(0, len(whole.frames), piece_frames):
+        assert result is None
+        part = slice(start, start + piece_frames)
+        result = stream.push(DecodedClip(whole.frames[part], whole.pts_seconds[part], whole.decoder))
+    assert result is not None
+    return row, result
+
+
+@pytest.mark.parametrize("piece_frames", [1, 7, 16, 100])
+@pytest.mark.parametrize("posterior", ["mean", "moments", "sample"])
+@pytest.mark.parametrize("num_frames", [23, 60])
+def test_a_clip_in_pieces_has_the_row_of_the_whole_clip(posterior: str, piece_frames: int, num_frames: int) -> None:
+    (clip,), recipe = long_clips(num_frames, posterior=posterior)
+    rows, results = encode_slice(FakeEncoder(), recipe, [clip], outcomes_of([clip]))
+    row, result = streamed(FakeEncoder(), recipe, clip, piece_frames)
+    assert row.tobytes() == rows[0].tobytes()
+    assert result == results[0]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["ours", "wan-2.1", "ltx-0.9"])
+def test_real_encoders_make_the_same_latent_of_pieces(name: str, tmp_path: Path, one_thread: None) -> None:
+    saved = Saved(STREAMED[name], tmp_path / "model")
+    side = 2 * saved.spatial
+    recipe = Recipe(
+        saved.encoder.card,
+        SamplingConfig((25,), short="pad"),
+        BucketConfig((f"{side}x{side}",)),
+        encode=EncodeConfig(dtype="float32", batch_size=1, unit_rows=1, stream_mb=0.01),
+    )
+    fragments = [fragment("a", [media_info(22)])]
+    (clip,) = all_clips(plan_of(recipe, fragments), fragments)
+    (whole,), _ = encode_slice(saved.encoder, recipe, [clip], outcomes_of([clip]))
+    row, _ = streamed(saved.encoder, recipe, clip, 10)
+    assert row.tobytes() == whole.tobytes()
+    plain = saved.whole(torch.from_numpy(to_batch([clip], outcomes_of([clip]), 1)))[0][0]
+    assert np.abs(row - plain.numpy()).max() <= 1e-5 * plain.std()
+
+
+@pytest.mark.parametrize(("value", "reason"), [(np.nan, "not_finite"), (70_000.0, "overflow")])
+def test_one_bad_piece_fails_the_clip(value: float, reason: str) -> None:
+    class Bad(FakeEncoder):
+        def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None) -> Posterior:
+            posterior = super().encode(frames_BTHWC, chunk_frames)
+            if self.batches == 2:
+                posterior.mean[0, 0, -1, 0, 0] = value
+            return posterior
+
+    (clip,), recipe = long_clips()
+    _, result = streamed(Bad(), recipe, clip, 8)
+    assert isinstance(result, SampleError)
+    assert result.reason == reason
+
+
+def test_read_only_frames_are_encoded_without_a_warning() -> None:
+    (clip,), recipe = long_clips()
+    whole, row = decoded(clip), absent_rows(recipe, clip.bucket)[0]
+    whole.frames.flags.writeable = False
+    assert isinstance(StreamedClip(FakeEncoder(), recipe, clip, row).push(whole), RowFacts)
+
+
+def test_an_encoder_that_makes_too_few_latent_frames_is_named() -> None:
+    class Short(FakeEncoder):
+        def _encode_chunk(self, frames: torch.Tensor, state: object) -> tuple[Posterior, object]:
+            posterior, state = super()._encode_chunk(frames, state)
+            return Posterior(posterior.mean[:, :, :1], None), state
+
+    (clip,), recipe = long_clips()
+    with pytest.raises(RuntimeError, match=r"made 6 latent frames, the plan says \(4, 11, 4, 4\)"):
+        streamed(Short(), recipe, clip, 8)

@@ -212,3 +212,15 @@ def test_workers_that_cannot_start_stop_the_job() -> None:
     with pytest.raises(JobError, match=r"11 encode workers died.*no CUDA device"):
         drive(engine, Controller(units(3), Policy()), 1)
     assert len(engine.started) == 11
+
+
+def test_the_last_units_are_shared_among_the_workers() -> None:
+    engine = FakeEngine()
+    controller = Controller(units(4), Policy(units_in_flight=3))
+    leased: list[int] = []
+    engine.fate = lambda worker, unit: leased.append(len(engine.queues[worker])) or UnitDone(worker, report(unit))  # type: ignore[func-returns-value]
+    run(
+        controller, engine, num_workers=2, unit_timeout_seconds=60, stop=threading.Event(), on_tick=lambda _: None,
+        clock=engine.clock,
+    )  # fmt: skip
+    assert leased == [2, 2, 1, 1]

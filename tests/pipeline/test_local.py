@@ -24,7 +24,10 @@ from pipeline.index import read_fragment
 from pipeline.local import LocalEngine
 from pipeline.plan import Plan, load_plan
 from pipeline.reader import LatentDataset
+from pipeline.recipe import EncodeConfig
+from pipeline.sampling import SamplingConfig
 from pipeline.storage import LocalStorage
+from pipeline.store import read_unit
 from tests.clips import read_number
 from tests.fakes import (
     FakeDecoders,
@@ -125,6 +128,34 @@ def test_a_second_run_has_nothing_to_do(encoded: tuple[LocalStorage, Plan, list[
     controller = drive(LocalEngine(FakeEncoder(), decoders, storage, plan, 1 << 20), storage, plan)
     assert controller.progress.units == 0
     assert decoders.requests == []
+
+
+def test_long_clips_in_pieces_end_beside_short_ones_with_one_decode_process(
+    encoded: tuple[LocalStorage, Plan, list[Path], Controller], tmp_path: Path
+) -> None:
+    """Frames, times and failures are those of whole clips."""
+    _, _, paths, _ = encoded
+    sampling = SamplingConfig((17, 9), short="smaller", windows="uniform", num_windows=2)
+    rows = []
+    for stream_mb in (1000, 10 * 32 * 32 * 3 / 2**20):
+        recipe = fake_recipe(
+            sampling=sampling, encode=EncodeConfig(batch_size=1, unit_rows=2, dtype="float32", stream_mb=stream_mb)
+        )
+        storage = LocalStorage(tmp_path / f"{stream_mb:.0f}")
+        shards = index(storage, paths)
+        make_plan(storage, [read_fragment(storage, shard.shard_id) for shard in shards], recipe)
+        plan = load_plan(storage, recipe)
+        with ProcessPool(1, DecodeLimits()) as pool:
+            drive(LocalEngine(FakeEncoder(), pool, storage, plan, 100_000), storage, plan)
+        units = list(plan.units())
+        assert {unit.bucket.num_frames for unit in units} == {9, 17}
+        rows.append(
+            [
+                (read_unit(storage, recipe, unit).tobytes(), ledger.read_rows(storage, ledger.unit_name(unit)))
+                for unit in units
+            ]
+        )
+    assert rows[0] == rows[1]
 
 
 def test_events_tell_what_became_of_units(tmp_path: Path) -> None:

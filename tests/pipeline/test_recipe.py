@@ -125,9 +125,21 @@ def test_the_default_unit_is_about_32_mb_of_whole_batches() -> None:
     assert rows(batch_size=300) == 300
     assert rows(batch_size=3, unit_rows=6) == 6
     large = Bucket(81, 720, 1280)  # 4 x 21 x 90 x 160 values of 2 bytes
-    assert fake_recipe(encode=EncodeConfig(batch_size=2)).unit_rows(large) == 12
-    assert fake_recipe(encode=EncodeConfig(batch_size=2, dtype="float32")).unit_rows(large) == 6
-    assert fake_recipe(encode=EncodeConfig(batch_size=32)).unit_rows(large) == 32
+    whole = {"stream_mb": 300}
+    assert fake_recipe(encode=EncodeConfig(batch_size=2, **whole)).unit_rows(large) == 12
+    assert fake_recipe(encode=EncodeConfig(batch_size=2, dtype="float32", **whole)).unit_rows(large) == 6
+    assert fake_recipe(encode=EncodeConfig(batch_size=32, **whole)).unit_rows(large) == 32
+    assert fake_recipe(encode=EncodeConfig(batch_size=32)).unit_rows(large) == 13
+
+
+def test_long_clips_stream_alone_when_the_encoder_is_causal() -> None:
+    recipe = fake_recipe(encode=EncodeConfig(batch_size=4, stream_mb=1))
+    short, long = Bucket(1, 512, 682), Bucket(1, 512, 683)  # 1 MiB is 512 x 682.67 pixels
+    assert [recipe.streams(bucket) for bucket in (short, long)] == [False, True]
+    assert [recipe.batch_size(bucket) for bucket in (short, long)] == [4, 1]
+    geometry = dataclasses.replace(recipe.encoder.geometry, causality="none")
+    card = dataclasses.replace(recipe.encoder, geometry=geometry)
+    assert not dataclasses.replace(recipe, encoder=card).streams(long)
 
 
 def test_moments_have_twice_the_channels() -> None:
@@ -151,6 +163,7 @@ def test_sizes_off_the_grid_are_refused_with_the_nearest() -> None:
     ("changes", "message"),
     [
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"stream_mb": 0}, "--stream-mb must be positive, got 0"),
         ({"batch_size": 4, "unit_rows": 6}, "--unit-rows must be a multiple of --batch-size 4, got 6"),
         ({"sample_seed": 1}, "--sample-seed needs --posterior sample, got --posterior mean"),
         ({"dtype": "float64"}, "--dtype is one of float16, float32, bfloat16, got 'float64'"),

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from pipeline import worker as worker_module
 from pipeline.buckets import Bucket, BucketConfig
 from pipeline.byte_window import ByteWindow
+from pipeline.clip_streams import StreamPlan
 from pipeline.decode.records import DecodeRequest
 from pipeline.decode_requests import Decoders, next_slice, require_unchanged, to_requests
 from pipeline.errors import ShardError, StoreError, UnitError
@@ -73,8 +74,9 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Setup]]:
         recipe: Recipe | None = None,
         window_bytes: int = 1 << 20,
         storage_type: type[LocalStorage] = LocalStorage,
+        videos: Sequence[Mapping[str, int]] = SHARDS,
     ) -> Setup:
-        storage, plan = planned_store(tmp_path, SHARDS, recipe)
+        storage, plan = planned_store(tmp_path, videos, recipe)
         fatal: list[BaseException] = []
         used = storage_type(storage.url)
         worker = EncodeWorker(encoder or FakeEncoder(), decoders, used, plan, window_bytes, fatal.append)
@@ -164,6 +166,146 @@ def test_the_encoder_sees_full_batches_whatever_failed(make: Callable[..., Setup
     assert encoder.shapes == [(4, 9, 32, 32, 3)] * 2
     assert report.failed == {"bad_media": 2}
     assert report.written == 4
+
+
+# long clips, in pieces
+
+FILMS = ({"a": 130, "b": 90, "c": 170}, {"d": 41, "e": 120, "bad": 90, "f": 95})
+STREAM_MB = 60 * 32 * 32 * 3 / 2**20  # clips of 81 frames stream, those of 41 do not
+
+
+def film_recipe(stream_mb: float = STREAM_MB, unit_rows: int = 4) -> Recipe:
+    return fake_recipe(
+        sampling=SamplingConfig((81, 41), short="smaller", windows="uniform", num_windows=2),
+        encode=EncodeConfig(batch_size=2, unit_rows=unit_rows, stream_mb=stream_mb),
+    )
+
+
+def rows_of(storage: LocalStorage, plan: Plan) -> dict[str, object]:
+    """All that a store holds but the recipe's fingerprint."""
+    return {
+        unit.name: (read_unit(storage, plan.recipe, unit).tobytes(), read_rows(storage, unit_name(unit)))
+        for unit in plan.units()
+    }
+
+
+@pytest.mark.parametrize("window_bytes", [10_000, 200_000, 1 << 30])
+@pytest.mark.parametrize("seconds", [0.0, 0.004])
+def test_long_clips_make_the_same_rows_in_pieces(tmp_path: Path, window_bytes: int, seconds: float) -> None:
+    stores = []
+    for name, recipe in (("whole", film_recipe(stream_mb=1000)), ("streamed", film_recipe())):
+        (tmp_path / name).mkdir()
+        storage, plan = planned_store(tmp_path / name, FILMS, recipe)
+        assert [recipe.streams(unit.bucket) for unit in plan.units()] == [False] + [name == "streamed"] * 3
+        decoders, fatal = FakeDecoders(seconds, bad=["bad"]), []  # type: ignore[var-annotated]
+        worker = EncodeWorker(FakeEncoder(), decoders, storage, plan, window_bytes, fatal.append)
+        futures = [worker.submit(unit) for unit in (*plan.units(),)]
+        worker.close()
+        assert not fatal
+        assert sum(future.result(0).written for future in futures) == plan.num_clips - 2
+        assert worker._window._used_bytes == 0
+        stores.append(rows_of(storage, plan))
+        peak = worker.peak_window_bytes
+    assert [key.replace(str(tmp_path / "whole"), "") for key in stores[0]] == list(stores[1])
+    for (whole, lines), (streamed, lines_again) in zip(stores[0].values(), stores[1].values(), strict=True):  # type: ignore[misc]
+        assert streamed == whole
+        assert [line | {"shard": ""} for line in lines_again] == [line | {"shard": ""} for line in lines]
+    assert peak <= max(window_bytes, 4 * 41 * 32 * 32 * 3)  # no more than the short bucket's slice needs
+
+
+def test_a_job_that_mixes_long_and_short_clips_ends_in_any_order(make: Callable[..., Setup]) -> None:
+    setup = make(FakeDecoders(seconds=0.002), recipe=film_recipe(unit_rows=2), window_bytes=100_000, videos=FILMS)
+    short, *long = setup.units
+    order = [long[0], short, *long[1:3], short, long[3], short]
+    futures = [setup.worker.submit(unit) for unit in order]
+    assert [future.result(10).unit for future in futures] == order
+    assert [future.result(10).won for future in futures] == [True, True, True, True, False, True, False]
+
+
+def test_memory_of_a_long_clip_is_bounded_by_the_window(tmp_path: Path) -> None:
+    peaks = []
+    for num_frames in (161, 1601):
+        (tmp_path / str(num_frames)).mkdir()
+        sampling = SamplingConfig((num_frames,))
+        recipe = dataclasses.replace(film_recipe(), sampling=sampling)
+        storage, plan = planned_store(tmp_path / str(num_frames), [{"a": 1601, "b": 1601}], recipe)
+        fatal: list[BaseException] = []
+        worker = EncodeWorker(FakeEncoder(), FakeDecoders(), storage, plan, 300_000, fatal.append)
+        futures = [worker.submit(unit) for unit in plan.units()]
+        worker.close()
+        assert not fatal
+        assert [future.result(0).written for future in futures] == [2]
+        peaks.append(worker.peak_window_bytes)
+    assert peaks[0] <= peaks[1] <= 300_000 < 161 * 32 * 32 * 3
+
+
+class BreakingStreams(FakeDecoders):
+    """Streams of video "b" break off after their first piece."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def stream(self, request: DecodeRequest, piece_frames: int):  # type: ignore[no-untyped-def]
+        for number, piece in enumerate(super().stream(request, piece_frames)):
+            if number and request.source.key == "b":
+                raise self.error
+            yield piece
+
+
+def test_a_unit_error_in_a_stream_fails_its_unit_and_gives_the_window_back(make: Callable[..., Setup]) -> None:
+    decoders = BreakingStreams(UnitError("storage broke"))
+    setup = make(decoders, recipe=film_recipe(unit_rows=2), window_bytes=100_000, videos=FILMS)
+    futures = [setup.worker.submit(unit) for unit in setup.units]
+    failed = [str(future.exception(10)) for future in futures]
+    assert failed == ["None", "None", "storage broke", *["None"] * (len(failed) - 3)]
+    setup.worker.close()
+    assert setup.worker._window._used_bytes == 0
+    assert not setup.storage.exists(unit_name(setup.units[2]))
+
+
+def test_an_unexpected_exception_in_a_stream_is_fatal(make: Callable[..., Setup]) -> None:
+    decoders = BreakingStreams(ZeroDivisionError("a bug in decoders"))
+    setup = make(decoders, recipe=film_recipe(unit_rows=2), window_bytes=100_000, videos=FILMS)
+    futures = [setup.worker.submit(unit) for unit in setup.units]
+    assert not_done(futures[2])
+    assert [type(error) for error in setup.fatal] == [ZeroDivisionError]
+    setup.worker.close()
+    assert not any(thread.is_alive() for thread in setup.worker._threads)
+
+
+@pytest.mark.parametrize("after_seconds", [0.0, 0.02])
+def test_close_without_finish_ends_streams(make: Callable[..., Setup], after_seconds: float) -> None:
+    class Slow(FakeDecoders):
+        def stream(self, request: DecodeRequest, piece_frames: int):  # type: ignore[no-untyped-def]
+            for piece in super().stream(request, piece_frames):
+                time.sleep(0.05)
+                yield piece
+
+    setup = make(Slow(), recipe=film_recipe(unit_rows=2), window_bytes=50_000, videos=FILMS)
+    futures = [setup.worker.submit(unit) for unit in setup.units[1:]]
+    time.sleep(after_seconds)
+    started = time.monotonic()
+    setup.worker.close(finish=False)
+    assert time.monotonic() - started < 2
+    assert all(future.cancelled() for future in futures)
+    assert not any(thread.is_alive() for thread in setup.worker._threads)
+    assert setup.worker._streams.active == 0
+
+
+@pytest.mark.parametrize(
+    ("window_mb", "frame_bytes", "clips", "piece_frames"),
+    [
+        (512, 256 * 256 * 3, 8, 80),  # 8 frames are 1.5 MiB
+        (512, 720 * 1280 * 3, 3, 16),  # 21 MiB
+        (64, 720 * 1280 * 3, 1, 8),
+        (1, 720 * 1280 * 3, 1, 8),  # no room for a chunk: one at a time all the same
+    ],
+)
+def test_clips_under_way_follow_from_the_window(
+    window_mb: int, frame_bytes: int, clips: int, piece_frames: int
+) -> None:
+    assert StreamPlan.of(window_mb << 20, frame_bytes, 8) == StreamPlan(clips, piece_frames)
 
 
 # blame
@@ -375,8 +517,10 @@ def test_seconds_say_what_the_encoder_waited_for(make: Callable[..., Setup]) -> 
 
     setup = make(Slow())
     report = setup.worker.submit(setup.units[0]).result(10)
-    assert report.starved_seconds > 0.1
+    assert report.start_seconds > 0.04  # for the first frames
+    assert report.starved_seconds > 0.08  # for those of two more requests
     assert report.encode_seconds < 0.1
+    assert 0 < report.copy_seconds < 0.1
 
 
 # pure

@@ -331,3 +331,26 @@ def test_closing_a_pool_breaks_off_a_hang(video, tmp_path):
     assert isinstance(running.exception(0), UnitError)
     assert waiting.cancelled()
     assert all(gone(pid, 0.1) for pid in pids)
+
+
+def test_a_child_that_was_started_ahead_serves_the_first_request(source):
+    with DecodeProcess(LIMITS) as process:
+        assert process.pid is None
+        process.start()
+        pid = process.pid
+        assert pid is not None
+        process.start()
+        (clip,) = process.decode(request_of(source, (2, 1)))
+        assert read_number(clip.frames[0]) == 2
+        assert process.pid == pid
+    process.start()
+    assert process.pid is None
+
+
+def test_outcomes_carry_what_decoding_them_cost(source, process):
+    request = request_of(source, (0, 5), (20, 10))
+    began = time.perf_counter()
+    clips = process.decode(request)
+    seconds = time.perf_counter() - began
+    assert 0 < clips[0].cpu_seconds == clips[1].cpu_seconds
+    assert 0 < sum(clip.cpu_seconds + clip.wait_seconds for clip in clips) <= seconds

@@ -1,0 +1,121 @@
+"""A unit on its way through the encode worker, and the report that it ends with.
+
+In:   a unit; what the worker's threads make of its clips.
+Out:  Future[UnitReport].
+Cost: the unit's rows, and the frames that are decoded and not yet encoded.
+Errors: none; `settle` puts them into the future.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.commit import CommitReport, RowResult
+from pipeline.decode.records import DecodedClip, DecodeOutcome
+from pipeline.errors import LatentmillError, SampleError
+from pipeline.placement import Clip
+from pipeline.plan import Unit
+
+if TYPE_CHECKING:
+    from pipeline.encode import StreamedClip  # needs torch, which the driver of a cluster does without
+
+_FAILURES_TOLD = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitReport:
+    """What one unit cost and what became of it.
+
+    failed: clips by reason. failures: (key, reason, detail) of the first of them. won: False when another worker had
+    committed the unit already. Wall seconds of the encode thread: `encode_seconds` in the encoder, `copy_seconds`
+    putting batches together and rows away, `starved_seconds` waiting for frames, `blocked_seconds` for the write thread
+    to take the unit before; of that thread: `write_seconds` (checksums, Zarr, both puts). Of the decode processes, for
+    the clips that came out: `decode_seconds` at work, `read_seconds` waiting for bytes or for a core. `start_seconds`:
+    a worker's wait for its very first frames.
+    """
+
+    unit: Unit
+    written: int
+    failed: dict[str, int]
+    failures: tuple[tuple[str, str, str], ...]
+    frames: int
+    bytes_read: int
+    bytes_written: int
+    encode_seconds: float
+    starved_seconds: float
+    blocked_seconds: float
+    write_seconds: float
+    won: bool
+    copy_seconds: float = 0.0
+    start_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class UnitJob:
+    """A unit on its way through the threads, in the hands of one at a time but for its future.
+
+    The feed thread sets clips and rows; `outcomes` are decoded and not yet encoded, `streams` the long clips under way.
+    `results` go by the clip's place in `clips`.
+    """
+
+    unit: Unit
+    future: Future[UnitReport]
+    clips: list[Clip] = dataclasses.field(default_factory=list)
+    rows: np.ndarray = dataclasses.field(init=False)
+    outcomes: list[DecodeOutcome] = dataclasses.field(default_factory=list)
+    streams: dict[int, StreamedClip] = dataclasses.field(default_factory=dict)
+    results: dict[int, RowResult] = dataclasses.field(default_factory=dict)
+    encode_seconds: float = 0.0
+    copy_seconds: float = 0.0
+    start_seconds: float = 0.0
+    starved_seconds: float = 0.0
+    blocked_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+    def count(self, outcomes: Sequence[DecodeOutcome]) -> None:
+        """Add what decoding cost."""
+        self.decode_seconds += sum(one.cpu_seconds for one in outcomes if isinstance(one, DecodedClip))
+        self.read_seconds += sum(one.wait_seconds for one in outcomes if isinstance(one, DecodedClip))
+
+    def settle(self, outcome: UnitReport | LatentmillError) -> None:
+        """Resolve the future, unless it was cancelled or another thread came first."""
+        with contextlib.suppress(InvalidStateError):
+            if isinstance(outcome, UnitReport):
+                self.future.set_result(outcome)
+            else:
+                self.future.set_exception(outcome)
+
+    def report(self, committed: CommitReport, write_seconds: float) -> UnitReport:
+        """The whole of it."""
+        pairs = [(clip, self.results[place]) for place, clip in enumerate(self.clips)]
+        failures = [
+            (clip.sample.key, error.reason, error.detail) for clip, error in pairs if isinstance(error, SampleError)
+        ]
+        sizes = {(clip.shard_url, clip.sample.offset): clip.sample.size_bytes for clip in self.clips}
+        return UnitReport(
+            unit=self.unit,
+            written=committed.written,
+            failed=committed.failed,
+            failures=tuple(failures[:_FAILURES_TOLD]),
+            frames=sum(clip.window.num_frames for clip, result in pairs if not isinstance(result, SampleError)),
+            bytes_read=sum(sizes.values()),
+            bytes_written=committed.bytes_written,
+            encode_seconds=self.encode_seconds,
+            starved_seconds=self.starved_seconds,
+            blocked_seconds=self.blocked_seconds,
+            write_seconds=write_seconds,
+            won=committed.won,
+            copy_seconds=self.copy_seconds,
+            start_seconds=self.start_seconds,
+            decode_seconds=self.decode_seconds,
+            read_seconds=self.read_seconds,
+        )
