@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.generate_config import Interpolate, Sample
-from jobs.generate_pictures import LabelledClips, write_clips
+from jobs.generate_pictures import write_clips
 from jobs.inspect_store import find_rows, load_store_encoder
 from models.spec import VideoEncoder
 from pipeline.errors import UsageError
-from pipeline.filmstrip import safe_stem
+from pipeline.filmstrip import LabelledClips, safe_stem
 from pipeline.plan import Unit, load_plan
 from pipeline.storage import Storage, open_storage
 from pipeline.store import Header, open_header, read_unit, to_float32

@@ -29,7 +29,8 @@ Importing this package imports no torch. The public names, by module:
     lpips               Lpips, load_lpips
     adversary           AdversarySettings, PatchAdversary
     discriminators      PatchDiscriminator
-    trainer             Trainer, TrainSettings
+    train_settings      TrainSettings
+    trainer             Trainer
     training            train, measure_normaliser, random_objective, TrainedModel
     optimiser           ClippedAdamW
     model_directory     DirectoryFormat, write_directory, read_directory, check_weights, fill

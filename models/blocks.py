@@ -17,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.causal import CausalConv3d, ConvFactory, State, depth_to_space, space_to_depth, starts_clip
 
@@ -116,3 +117,21 @@ class Upsample(nn.Module):
         first = starts_clip(self.conv, state)
         hidden = self.conv(self.norm(x), state) + x.repeat_interleave(self.copies, dim=1)
         return depth_to_space(hidden, *self.strides, first=first)
+
+
+class BlockStack(nn.ModuleList):
+    """Blocks one after the other.
+
+    Attributes:
+        gradient_checkpointing: keep each block's input alone for the backward pass, and compute what is inside a block
+            a second time there (Chen et al., arXiv:1604.06174). Of training mode only, and of whole clips: a stream's
+            state, which a pass changes, would be another in the second pass.
+    """
+
+    gradient_checkpointing = False
+
+    def forward(self, x: Tensor, state: State | None) -> Tensor:
+        again = self.gradient_checkpointing and self.training and state is None
+        for block in self:
+            x = checkpoint(block, x, state, use_reentrant=False) if again else block(x, state)
+        return x

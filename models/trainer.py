@@ -9,20 +9,22 @@ Errors: ValueError for settings that cannot be, a loss that is no longer finite,
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from models.bottlenecks.ranks import rank, sum_over_ranks, world_size
 from models.optimiser import ClippedAdamW
 
 if TYPE_CHECKING:
     from models.autoencoder import CausalAutoencoder
     from models.kinds.kind import Adversary, DiscriminatorTerms, Objective
+    from models.train_settings import TrainSettings
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -30,53 +32,21 @@ BETAS = (0.9, 0.95)
 ADVERSARY_BETAS = (0.5, 0.9)  # Esser et al., arXiv:2012.09841: little momentum against a moving opponent
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """How to train. The defaults bring the tiny presets to a recognisable picture in about a minute of two CPU threads.
-
-    ema_decay: upper bound; early in training the average is as short as (1 + step) / (10 + step).
-    precision: of matrix products and convolutions; norms, bottlenecks and losses stay in float32.
-    micro_batches: equal parts that a batch is passed in, one after the other, their gradients summed up.
-    freeze_encoder: learn the decoder alone; latents that were stored before stay valid.
-    """
-
-    learning_rate: float = 1e-3
-    final_learning_rate_ratio: float = 0.05
-    warmup_steps: int = 20
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.98
-    precision: Literal["float32", "bfloat16"] = "float32"
-    micro_batches: int = 1
-    freeze_encoder: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip_norm", "micro_batches"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("ema_decay", "final_learning_rate_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision {self.precision!r} is not one of float32, bfloat16")
-
-
 class Trainer:
     """One optimiser step after another, on the device that the objective is on.
 
     `wrap` makes the module that runs each pass, for data-parallel training: it is given the objective, and a module of
-    its own for the adversary.
+    its own for the adversary. Each rank then makes its steps at the same time, on its own part of each batch; losses
+    are means over all ranks. `seed` is of the noise that kinds add, which differs from rank to rank.
 
     Attributes:
         model: what learns. average: the mean of its weights over the last steps, with its buffers, in eval mode.
         step: optimiser steps made.
     """
 
-    def __init__(self, objective: Objective, settings: TrainSettings, *, wrap: Wrap = lambda module: module) -> None:
+    def __init__(
+        self, objective: Objective, settings: TrainSettings, *, seed: int = 0, wrap: Wrap = lambda module: module
+    ) -> None:
         self.settings = settings
         self.model = objective.model
         self.adversary = objective.adversary
@@ -87,7 +57,8 @@ class Trainer:
         if settings.freeze_encoder:
             _freeze_encoder(self.model)
         self._optimiser = self._optimiser_of(self.model, BETAS)
-        self._noise = torch.Generator(next(self.model.parameters()).device).manual_seed(settings.seed)
+        self._noise = torch.Generator(next(self.model.parameters()).device)
+        self._noise_seeds = torch.Generator().manual_seed(seed)  # alike on all ranks, so that one of them keeps it
         if self.adversary is not None:
             self.adversary.requires_grad_()  # another trainer, before this one, left it without
             self._discriminate = wrap(_DiscriminatorPass(self.adversary))
@@ -105,7 +76,8 @@ class Trainer:
         Raises:
             ValueError: the loss is not finite, or the batch has no equal parts.
         """
-        learning_rate = self.settings.learning_rate * _schedule(self.settings, self.step, done)
+        self._noise.manual_seed(int(torch.randint(1 << 62, (), generator=self._noise_seeds)) + rank())
+        learning_rate = self.learning_rate(done)
         parts = self._micro_batches(pixels)
         losses, reconstructions = self._learn(parts, learning_rate)
         if self.adversary is not None:
@@ -113,6 +85,10 @@ class Trainer:
         self.step += 1
         _update_average(self.average, self.model, min(self.settings.ema_decay, (1 + self.step) / (10 + self.step)))
         return losses
+
+    def learning_rate(self, done: float) -> float:
+        """Of the next step, at that share of the training."""
+        return self.settings.learning_rate * _schedule(self.settings, self.step, done)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the next steps depend on: a copy, in flat tensors by name, on the CPU, as safetensors takes them."""
@@ -144,14 +120,14 @@ class Trainer:
             for name, value in self._modules_state().items():
                 value.copy_(state[name])
         self.step = int(state["step"])
-        self._noise.set_state(state["noise"].cpu())
+        self._noise_seeds.set_state(state["noise"].cpu())
         self._optimiser.load_state_dict(_without_prefix("optimiser", state))
         if self.adversary is not None:
             self._adversary_optimiser.load_state_dict(_without_prefix("adversary_optimiser", state))
 
     def _fixed_state(self) -> dict[str, Tensor]:
         """What is there from the first step on, and always of one shape."""
-        return {"step": torch.tensor(self.step), "noise": self._noise.get_state(), **self._modules_state()}
+        return {"step": torch.tensor(self.step), "noise": self._noise_seeds.get_state(), **self._modules_state()}
 
     def _modules_state(self) -> dict[str, Tensor]:
         modules: dict[str, nn.Module | None] = {
@@ -174,12 +150,13 @@ class Trainer:
 
     def _learn(self, parts: Sequence[Tensor], learning_rate: float) -> tuple[dict[str, float], list[Tensor]]:
         meter, reconstructions = _LossMeter(), []
-        for part in parts:
-            with self._autocast(part):
-                terms = self._objective(part, step=self.step, generator=self._noise)
-            meter.add({"loss": terms.loss, **terms.values})
-            reconstructions.append(terms.reconstruction.pixels.detach())
-            (terms.loss / len(parts)).backward()
+        for number, part in enumerate(parts, start=1):
+            with _gradients_of(self._objective, shared=number == len(parts)):
+                with self._autocast(part):
+                    terms = self._objective(part, step=self.step, generator=self._noise)
+                meter.add({"loss": terms.loss, **terms.values})
+                reconstructions.append(terms.reconstruction.pixels.detach())
+                (terms.loss / len(parts)).backward()
         return self._checked(meter, "loss", self._optimiser, learning_rate), reconstructions
 
     def _learn_to_discriminate(
@@ -187,12 +164,13 @@ class Trainer:
     ) -> dict[str, float]:
         adversary.requires_grad_()
         meter = _LossMeter()
-        for part, reconstruction in zip(parts, reconstructions, strict=True):
-            with self._autocast(part):
-                terms = self._discriminate(part, reconstruction, self.step)
-            if terms is not None:
-                meter.add({"discriminator": terms.loss, **terms.values})
-                (terms.loss / len(parts)).backward()
+        for number, (part, reconstruction) in enumerate(zip(parts, reconstructions, strict=True), start=1):
+            with _gradients_of(self._discriminate, shared=number == len(parts)):
+                with self._autocast(part):
+                    terms = self._discriminate(part, reconstruction, self.step)
+                if terms is not None:
+                    meter.add({"discriminator": terms.loss, **terms.values})
+                    (terms.loss / len(parts)).backward()
         adversary.requires_grad_(requires_grad=False)
         if not meter.count:
             return {}
@@ -215,7 +193,7 @@ class Trainer:
 
 
 class _LossMeter:
-    """Means of losses by name, brought to the CPU once."""
+    """Means of losses by name, over parts and ranks, brought to the CPU once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -227,8 +205,15 @@ class _LossMeter:
         self.count += 1
 
     def means(self) -> dict[str, float]:
-        values = torch.stack(list(self._sums.values())) / self.count
+        values = sum_over_ranks(torch.stack(list(self._sums.values()))) / (self.count * world_size())
         return dict(zip(self._sums, values.tolist(), strict=True))
+
+
+def _gradients_of(module: nn.Module, *, shared: bool) -> contextlib.AbstractContextManager[None]:
+    """Ranks add up their gradients once a step, with those of the last part; a plain module has no ranks."""
+    if shared or not isinstance(module, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()
 
 
 class _DiscriminatorPass(nn.Module):

@@ -25,7 +25,8 @@ from models.build import build_model
 from models.kinds.kind import Kind, Objective
 from models.normaliser import NormaliserMeter
 from models.pixels import to_pixels
-from models.trainer import Trainer, TrainSettings
+from models.train_settings import TrainSettings
+from models.trainer import Trainer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +69,7 @@ def train(
     steps: int | None = None,
     time_limit_seconds: float | None = None,
     settings: TrainSettings | None = None,
+    seed: int = 0,
     normaliser_batches: int = 8,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -75,6 +77,7 @@ def train(
     """Train from random weights until `steps` or `time_limit_seconds`, whichever comes first.
 
     The normaliser is measured on the `normaliser_batches` that follow the last step's.
+    `seed` is of the weights and of the noise that kinds add.
     `progress(step, losses)` is called after every step with the step's number, from 1, and its losses by name.
 
     Raises:
@@ -85,8 +88,7 @@ def train(
         raise ValueError(f"normaliser_batches must be at least 1, got {normaliser_batches}")
     if not any(limit is not None and limit > 0 for limit in (steps, time_limit_seconds)):
         raise ValueError(f"training needs a positive limit, got {steps=} {time_limit_seconds=}")
-    settings = settings or TrainSettings()
-    trainer = Trainer(random_objective(kind, backbone, settings.seed).to(device), settings)
+    trainer = Trainer(random_objective(kind, backbone, seed).to(device), settings or TrainSettings(), seed=seed)
     limit = _Limit(steps, time_limit_seconds)
     done, losses = 0.0, dict[str, float]()
     while done < 1.0:
@@ -107,13 +109,17 @@ def random_objective(kind: Kind, backbone: BackboneConfig, seed: int) -> Objecti
 
 @torch.inference_mode()
 def measure_normaliser(
-    model: CausalAutoencoder, batches: Iterator[np.ndarray | Tensor], num_batches: int
+    model: CausalAutoencoder, batches: Iterator[np.ndarray | Tensor], num_batches: int | None = None
 ) -> Normaliser:
-    """Per-channel mean and standard deviation of the posterior means of that many batches."""
-    device = next(model.parameters()).device
+    """Per-channel mean and standard deviation of the posterior means of that many batches; None takes all there are."""
+    device = str(next(model.parameters()).device)
     meter = NormaliserMeter()
-    for _ in range(num_batches):
-        meter.update(model.encode(_next_pixels(batches, str(device))).mean)
+    if num_batches is None:
+        for frames in batches:
+            meter.update(model.encode(to_pixels(torch.as_tensor(frames), device)).mean)
+    else:
+        for _ in range(num_batches):
+            meter.update(model.encode(_next_pixels(batches, device)).mean)
     return meter.result()
 
 

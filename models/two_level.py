@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder import CausalAutoencoder, Decoder, Encoder, Reconstruction, start_quiet
-from models.blocks import Downsample, ResidualBlock, Upsample
+from models.blocks import BlockStack, Downsample, ResidualBlock, Upsample
 from models.bottlenecks.interface import Bottlenecked
 from models.bottlenecks.registry import build_bottleneck
 from models.causal import (
@@ -52,14 +52,11 @@ class TopEncoder(nn.Module):
         for level, down in enumerate(config.downs):
             blocks.append(Downsample(channels[level], channels[level + 1], *down, convs[level]))
             blocks += [ResidualBlock(channels[level + 1], convs[level + 1]) for _ in range(config.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = BlockStack(blocks)
         self.conv_out = convs[-1](channels[-1], channels_out)
 
     def forward(self, features: Tensor, state: State | None) -> Tensor:
-        x = features
-        for block in self.blocks:
-            x = block(x, state)
-        output: Tensor = self.conv_out(x, state)
+        output: Tensor = self.conv_out(self.blocks(features, state), state)
         return output
 
 
@@ -74,13 +71,11 @@ class TopDecoder(nn.Module):
         for level, down in reversed(list(enumerate(config.downs, start=1))):
             blocks += [ResidualBlock(channels[level], convs[level]) for _ in range(config.depth)]
             blocks.append(Upsample(channels[level], channels[level - 1], *down, convs[level]))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = BlockStack(blocks)
 
     def forward(self, latent: Tensor, state: State | None) -> Tensor:
-        x: Tensor = self.conv_in(latent, state)
-        for block in self.blocks:
-            x = block(x, state)
-        return x
+        context: Tensor = self.blocks(self.conv_in(latent, state), state)
+        return context
 
 
 class TwoLevelAutoencoder(CausalAutoencoder):

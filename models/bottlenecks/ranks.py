@@ -1,4 +1,4 @@
-"""What data-parallel ranks must agree on while a codebook learns: sums, and rows drawn from everybody's features.
+"""What data-parallel ranks must agree on while they learn: sums, and rows drawn from everybody's features.
 
 In:   tensors of one rank.
 Out:  tensors that are the same on every rank; a process without torch.distributed is a world of one.
@@ -18,11 +18,31 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this process is, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The tensor, summed over the ranks in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def from_first_rank(value: float, device: torch.device | str = "cpu") -> float:
+    """Rank 0's value, on every rank; `device` is the one that the ranks compute on."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(shared, src=0)
+    return shared.item()
+
+
+def wait_for_ranks() -> None:
+    """Return when every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def draw_rows(rows: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -6,7 +6,7 @@ Cost: the backbone's, and the adversary's.
 Errors: those of models.kinds.kind and models.adversary.
 
 To improve the decoder of a trained model while the latents that were stored stay valid, train with the encoder frozen
-(models.trainer.TrainSettings.freeze_encoder): the adversary only needs the decoder.
+(models.train_settings.TrainSettings.freeze_encoder): the adversary only needs the decoder.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from jobs.__main__ import main
-from jobs.generate_pictures import draw_strip, write_clips
+from jobs.generate_pictures import write_clips
 from models.bottlenecks.config import Fsq, Kl, NoBottleneck
 from models.build import build_model
 from models.checkpoint import save_checkpoint
@@ -23,7 +23,7 @@ from models.generative.prior_training import train_prior
 from models.native import describe_native, load_native
 from models.spec import Normaliser
 from pipeline.errors import UsageError
-from pipeline.filmstrip import LABEL_PIXELS, TITLE_PIXELS
+from pipeline.filmstrip import LABEL_PIXELS, TITLE_PIXELS, draw_strip
 from pipeline.reader import LatentDataset
 from tests.backbones import NARROW
 from tests.clips import numbered_video

@@ -20,7 +20,8 @@ from models.discriminators import PatchDiscriminator
 from models.kinds.registry import kind_class
 from models.kinds.vq_gan import VqGan
 from models.pixels import to_pixels
-from models.trainer import Trainer, TrainSettings
+from models.train_settings import TrainSettings
+from models.trainer import Trainer
 from models.training import random_objective
 
 BACKBONE = BackboneConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 16), 1), latent_channels=4)

@@ -26,7 +26,7 @@ from models.kinds.vae import Vae
 from models.kinds.vq_gan import VqGan
 from models.kinds.vq_vae import VqVae
 from models.kinds.vq_vae_2 import VqVae2
-from models.trainer import TrainSettings
+from models.train_settings import TrainSettings
 from models.training import random_objective, train
 from tests.backbones import NARROW
 from tests.moving_shapes import moving_shapes, shapes_pixels

@@ -8,7 +8,8 @@ from models.errors import CheckpointError
 from models.kinds.ae import Ae
 from models.losses import ReconstructionWeights
 from models.lpips import NETWORKS, Lpips, load_lpips
-from models.trainer import Trainer, TrainSettings
+from models.train_settings import TrainSettings
+from models.trainer import Trainer
 from models.training import random_objective
 from tests.backbones import NARROW
 from tests.moving_shapes import shapes_pixels

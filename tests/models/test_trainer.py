@@ -17,7 +17,8 @@ from models.kinds.vae import Vae
 from models.kinds.vq_gan import VqGan
 from models.kinds.vq_vae import VqVae
 from models.losses import ReconstructionWeights
-from models.trainer import Trainer, TrainSettings
+from models.train_settings import TrainSettings
+from models.trainer import Trainer
 from models.training import random_objective
 from tests.backbones import NARROW
 from tests.moving_shapes import shapes_pixels
@@ -28,8 +29,7 @@ GAN = VqGan(bottleneck=SMALL, adversary=AdversarySettings(channels=8, depth=1, s
 
 
 def make(kind, seed=0, **changes):
-    settings = dataclasses.replace(SETTINGS, seed=seed, **changes)
-    return Trainer(random_objective(kind, NARROW, seed), settings)
+    return Trainer(random_objective(kind, NARROW, seed), dataclasses.replace(SETTINGS, **changes), seed=seed)
 
 
 def steps(trainer, first, last):

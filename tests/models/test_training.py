@@ -11,7 +11,7 @@ from models.config import BackboneConfig, Pyramid
 from models.kinds.vae import Vae
 from models.pixels import to_frames, to_pixels
 from models.spec import GeometryError
-from models.trainer import TrainSettings
+from models.train_settings import TrainSettings
 from models.training import measure_normaliser, train
 
 BACKBONE = BackboneConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 16), 1), latent_channels=4)
@@ -56,7 +56,7 @@ def test_training_repeats_bit_for_bit_and_leaves_the_global_seed_alone():
     first = train(Vae(), BACKBONE, moving_squares(), steps=3, settings=QUICK)
     assert torch.equal(torch.rand(1), expected)
     second = train(Vae(), BACKBONE, moving_squares(), steps=3, settings=QUICK)
-    other = train(Vae(), BACKBONE, moving_squares(), steps=3, settings=TrainSettings(seed=1))
+    other = train(Vae(), BACKBONE, moving_squares(), steps=3, seed=1)
     weights = [trained.model.state_dict() for trained in (first, second, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert first.normaliser == second.normaliser

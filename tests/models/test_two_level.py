@@ -15,7 +15,7 @@ from models.kinds.registry import kind_class
 from models.kinds.vq_vae_2 import VqVae2
 from models.pixels import to_pixels
 from models.spec import GeometryError, Normaliser
-from models.trainer import TrainSettings
+from models.train_settings import TrainSettings
 from models.training import random_objective, train
 from models.two_level import TwoLevelAutoencoder
 

@@ -13,6 +13,7 @@ from pipeline.filmstrip import (
     LABEL_PIXELS,
     TITLE_PIXELS,
     amplified_error,
+    draw_strip,
     film_strip,
     safe_stem,
     write_comparison,
@@ -158,3 +159,12 @@ def test_known_stems() -> None:
     assert len({safe_stem(key) for key in ("a/b", "a_b", "a.b", "a//b", ".a_b", "a_b.", "", "sample")}) == 8
     imposter = safe_stem("a/b")
     assert safe_stem(imposter) != imposter
+
+
+def test_labels_are_cut_to_their_column_and_may_hold_any_character() -> None:
+    clip = np.zeros((1, 96, 96, 3), np.uint8)
+    strip = np.asarray(draw_strip([("sixteen letters!", clip), ("a\nb\ud800", clip)], "", ""))
+    for row in range(2):
+        label = strip[TITLE_PIXELS + row * (192 + GAP_PIXELS) :][:192, :LABEL_PIXELS]
+        assert (label > 200).any()
+        assert (label[:, -3:] == strip[-1, -1]).all()
