@@ -6,10 +6,11 @@ Cost: the samples of `shuffle_shards` shards in memory; fewer than a batch of dr
       state in mid-epoch reads the epoch's index up to there.
 Errors: UsageError for settings that cannot be, or when no sample can give a clip.
 
-A draw is one use of one sample: a bucket and a window. In an epoch every usable sample is drawn `draws_per_sample`
-times, no more and no less. Shards are permuted, then the samples of each run of `shuffle_shards` shards together. A
-draw waits in its bucket's queue until the queue holds a batch, so every batch has one shape; what waits at an epoch's
-end goes into the next epoch's first batches. A batch is divided among ranks afterwards: their number changes nothing.
+A draw is one use of one sample: a bucket and a window. In an epoch every usable video is drawn `draws_per_video` times,
+every image `draws_per_image` times, no more and no less. Shards are permuted, then the samples of each run of
+`shuffle_shards` shards together. A draw waits in its bucket's queue until the queue holds a batch, so every batch has
+one shape; what waits at an epoch's end goes into the next epoch's first batches. A batch is divided among ranks
+afterwards: their number changes nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +20,30 @@ import hashlib
 import itertools
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.buckets import Bucket, BucketConfig, Size, choose_size, resolve_sizes
 from pipeline.decode.records import Grid, MediaInfo, MediaSource, Window
 from pipeline.errors import UsageError
-from pipeline.index import IndexFragment
 from pipeline.samples import Sample
 from pipeline.sampling import exact_fps
 
-ReadFragment = Callable[[int], IndexFragment]
+if TYPE_CHECKING:
+    from pipeline.index import IndexFragment  # which would bring pyarrow to a command line that needs the flags alone
+
+ReadFragment = Callable[[int], "IndexFragment"]
 """The index fragment of shard number n; numbers follow the order of the shards' urls."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawConfig:
-    """How clips are drawn from samples for training."""
+    """How clips are drawn from samples for training.
+
+    Images and videos are mixed by counts: an epoch holds `draws_per_image` clips of each image and `draws_per_video` of
+    each video, and with a 1 in `frames`, `frames_weights` says how many of the latter are single frames.
+    """
 
     frames: tuple[int, ...] = (9,)
     """Clip lengths on the model's grid; each draw takes one that fits its video. Images need a 1."""
@@ -48,8 +55,10 @@ class DrawConfig:
     """Without fps: take every so many frames."""
     batch_size: int = 4
     """Clips per step, over all ranks."""
-    draws_per_sample: int = 1
-    """Clips of a video per epoch, each with a window of its own; an image is drawn once."""
+    draws_per_video: int = 1
+    """Clips of a video per epoch, each with a length and a window of its own."""
+    draws_per_image: int = 1
+    """Clips of an image per epoch; with draws_per_video it sets how images and videos are mixed."""
     shuffle_shards: int = 16
     """Shards whose samples are shuffled together; memory grows with it."""
     seed: int = 0
@@ -64,9 +73,11 @@ class DrawConfig:
             raise UsageError(f"frames_weights needs a positive weight for each of {self.frames}: {self.frames_weights}")
         if self.fps is not None and (self.frame_step != 1 or not self.fps > 0):
             raise UsageError(f"fps must be positive and without a frame_step, got {self.fps=} {self.frame_step=}")
-        for name in ("frame_step", "batch_size", "draws_per_sample", "shuffle_shards"):
+        for name in ("frame_step", "batch_size", "draws_per_video", "draws_per_image", "shuffle_shards"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be 0 or more, got {self.seed}")
 
     @property
     def grid(self) -> Grid:
@@ -87,10 +98,11 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class GlobalBatch:
-    """The draws of one step over all ranks, all of one bucket."""
+    """The draws of one step over all ranks, all of one bucket. stage: of the curriculum that it belongs to."""
 
     step: int
     draws: tuple[Draw, ...]
+    stage: int = 0
 
     @property
     def bucket(self) -> Bucket:
@@ -102,14 +114,16 @@ class GlobalBatch:
 class LoaderState:
     """Where the order stands: what the next batch depends on, as plain numbers.
 
-    step: batches given out. epoch, number: the next draw to take. waiting: (epoch, number) of the draws that were taken
-    and are in no batch yet, in the order of their taking.
+    step: batches given out, over all stages. epoch, number: the next draw of the stage to take. waiting: (epoch,
+    number) of the draws that were taken and are in no batch yet, in the order of their taking. stage: of the
+    curriculum.
     """
 
     step: int = 0
     epoch: int = 0
     number: int = 0
     waiting: tuple[tuple[int, int], ...] = ()
+    stage: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
@@ -119,16 +133,22 @@ class LoaderState:
     def from_json(cls, fields: Mapping[str, Any]) -> LoaderState:
         """Read `as_json` back."""
         waiting = tuple((epoch, number) for epoch, number in fields["waiting"])
-        return cls(fields["step"], fields["epoch"], fields["number"], waiting)
+        return cls(fields["step"], fields["epoch"], fields["number"], waiting, fields["stage"])
 
 
 class ClipOrder:
-    """The draws of every epoch, and the batches that they form."""
+    """The draws of every epoch, and the batches that they form; each stage of a curriculum has an order of its own."""
 
     def __init__(
-        self, config: DrawConfig, sizes: BucketConfig, spatial_stride: int, num_shards: int, read: ReadFragment
+        self,
+        config: DrawConfig,
+        sizes: BucketConfig,
+        spatial_stride: int,
+        num_shards: int,
+        read: ReadFragment,
+        stage: int = 0,
     ) -> None:
-        self.config = config
+        self.config, self.stage = config, stage
         self._sizes = resolve_sizes(sizes, spatial_stride)
         self._num_shards, self._read = num_shards, read
 
@@ -138,7 +158,7 @@ class ClipOrder:
         Raises:
             UsageError: an epoch gave no draw.
         """
-        state = state or LoaderState()
+        state = state or LoaderState(stage=self.stage)
         queues: dict[Bucket, list[Draw]] = {}
         for draw in self._waiting(state):
             queues.setdefault(draw.bucket, []).append(draw)
@@ -150,7 +170,7 @@ class ClipOrder:
                 if len(queue) == self.config.batch_size:
                     step += 1
                     del queues[draw.bucket]
-                    yield GlobalBatch(step, tuple(queue)), _state_after(step, draw, queues)
+                    yield GlobalBatch(step, tuple(queue), self.stage), self._state_after(step, draw, queues)
 
     def draws(self, epoch: int, first_number: int = 0) -> Iterator[Draw]:
         """The draws of one epoch in their order, from `first_number` on.
@@ -171,13 +191,18 @@ class ClipOrder:
                 f"no sample of the shards has {min(self.config.frames)} frames: use fewer --frames, or other shards"
             )
 
+    def _state_after(self, step: int, draw: Draw, queues: Mapping[Bucket, list[Draw]]) -> LoaderState:
+        waiting = sorted((waiting.epoch, waiting.number) for queue in queues.values() for waiting in queue)
+        return LoaderState(step, draw.epoch, draw.number + 1, tuple(waiting), self.stage)
+
     def _waiting(self, state: LoaderState) -> Iterator[Draw]:
         for epoch, places in itertools.groupby(state.waiting, key=lambda place: place[0]):
             numbers = {number for _, number in places}
             yield from itertools.islice((draw for draw in self.draws(epoch) if draw.number in numbers), len(numbers))
 
     def _permutation(self, count: int, epoch: int, salt: int) -> list[int]:
-        order: list[int] = np.random.default_rng([self.config.seed, epoch, salt]).permutation(count).tolist()
+        seeds = [self.config.seed, self.stage, epoch, salt]
+        order: list[int] = np.random.default_rng(seeds).permutation(count).tolist()
         return order
 
     def _uses(self, shard: int) -> Iterator[_Use]:
@@ -187,11 +212,12 @@ class ClipOrder:
             if sample.status != "ok" or sample.media is None:
                 continue
             length = self._grid_length(sample.media)
-            repeats = 1 if sample.media.kind == "image" else self.config.draws_per_sample
+            is_image = sample.media.kind == "image"
+            repeats = self.config.draws_per_image if is_image else self.config.draws_per_video
             if length >= min(self.config.frames):
                 size = choose_size(self._sizes, sample.media.height, sample.media.width)
                 for repeat in range(repeats):
-                    yield _Use(fragment.shard.url, sample, length, size, repeat)
+                    yield _Use(shard, fragment.shard.url, sample, length, size, repeat)
 
     def _grid_length(self, media: MediaInfo) -> int:
         if media.kind == "image":
@@ -203,34 +229,31 @@ class ClipOrder:
         assert sample.media is not None
         weights = config.frames_weights or (1.0,) * len(config.frames)
         fitting = [(t, weight) for t, weight in zip(config.frames, weights, strict=True) if t <= use.grid_length]
-        chance, place = _chances(config.seed, epoch, use)
+        chance, place = self._chances(epoch, use)
         num_frames = _pick(fitting, chance)
         start = int(place * (use.grid_length - num_frames + 1))
         source = MediaSource(use.shard_url, sample.offset, sample.size_bytes, sample.media.kind, sample.key)
         return Draw(epoch, number, source, Bucket(num_frames, *use.size), Window(start, num_frames))
+
+    def _chances(self, epoch: int, use: _Use) -> tuple[float, float]:
+        """Two numbers of [0, 1) that depend on the sample, stage and epoch, and not on the sample's neighbours."""
+        numbers = (self.config.seed, self.stage, epoch, use.repeat, use.shard, use.sample.offset)
+        identity = "/".join((*map(str, numbers), use.sample.key))
+        digest = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        first, second = struct.unpack("<2Q", digest)
+        return (first >> 11) / (1 << 53), (second >> 11) / (1 << 53)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
     """A sample that an epoch takes: its frames on the grid, its size, and which of its draws this is."""
 
+    shard: int
     shard_url: str
     sample: Sample
     grid_length: int
     size: Size
     repeat: int
-
-
-def _state_after(step: int, draw: Draw, queues: Mapping[Bucket, list[Draw]]) -> LoaderState:
-    waiting = sorted((waiting.epoch, waiting.number) for queue in queues.values() for waiting in queue)
-    return LoaderState(step, draw.epoch, draw.number + 1, tuple(waiting))
-
-
-def _chances(seed: int, epoch: int, use: _Use) -> tuple[float, float]:
-    """Two numbers of [0, 1) that depend on the sample and the epoch, and not on its neighbours."""
-    identity = f"{seed}/{epoch}/{use.repeat}/{use.sample.offset}/{use.sample.key}".encode("utf-8", "surrogatepass")
-    first, second = struct.unpack("<2Q", hashlib.blake2b(identity, digest_size=16).digest())
-    return (first >> 11) / (1 << 53), (second >> 11) / (1 << 53)
 
 
 def _pick(choices: list[tuple[int, float]], chance: float) -> int:

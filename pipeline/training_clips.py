@@ -1,7 +1,7 @@
 """Clips for training, from the same index, sizes and decoders that encode uses.
 
-In:   a ClipOrder (pipeline.epoch), decoders, this rank and the number of ranks, a LoaderState to go on from.
-Out:  ClipBatch after ClipBatch without end: this rank's part of each global batch, uint8 B T H W 3.
+In:   a Curriculum (pipeline.curriculum), decoders, this rank and the number of ranks, a LoaderState to go on from.
+Out:  ClipBatch after ClipBatch, until the curriculum ends: this rank's part of each global batch, uint8 B T H W 3.
 Cost: decoding; at most `ahead_batches` and `ahead_bytes` decoded or asked for ahead of the trainer; always one batch.
       A global batch without one good clip reads up to an epoch's index, and decodes MAX_SUBSTITUTES clips or fewer for
       each of its own.
@@ -22,9 +22,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Filter, Fit
+from pipeline.curriculum import Curriculum
+from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest
 from pipeline.decode_requests import Decoders, PendingDecode
-from pipeline.epoch import ClipOrder, Draw, GlobalBatch, LoaderState
+from pipeline.epoch import Draw, GlobalBatch, LoaderState
 from pipeline.errors import DecodeError, FailureLimitError, UsageError
 
 MAX_SUBSTITUTES = 64
@@ -36,7 +37,8 @@ class ClipBatch:
     """One rank's part of a global batch.
 
     frames: uint8, B T H W 3. draws: what was drawn, in order; a failed one is shown by another clip in its place.
-    state: what the batch after this one follows from. failed: reasons of this rank's failed draws.
+    state: what the batch after this one follows from. failed: reasons of this rank's failed draws. stage: of the
+    curriculum that the batch belongs to; after a stage's last batch, `state` is of the next.
     """
 
     step: int
@@ -44,6 +46,7 @@ class ClipBatch:
     draws: tuple[Draw, ...]
     state: LoaderState
     failed: tuple[str, ...] = ()
+    stage: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +63,19 @@ class _Ahead:
 class TrainingClips:
     """The batches of one rank, from a state on. `failed` counts this rank's failed draws by reason."""
 
-    order: ClipOrder
+    order: Curriculum
     decoders: Decoders
     rank: int = 0
     num_ranks: int = 1
     state: LoaderState = LoaderState()
-    fit: Fit = "crop"
-    filter: Filter = "area"
     ahead_batches: int = 4
     ahead_bytes: int = 512 << 20
     failed: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        if self.order.config.batch_size % self.num_ranks:
-            raise UsageError(
-                f"batch_size {self.order.config.batch_size} must be a multiple of the {self.num_ranks} ranks"
-            )
+        for stage in self.order.stages:
+            if stage.draw.batch_size % self.num_ranks:
+                raise UsageError(f"batch_size {stage.draw.batch_size} must be a multiple of the {self.num_ranks} ranks")
 
     def __iter__(self) -> Iterator[ClipBatch]:
         """Batches in order; `state` follows what was handed out, not what was decoded ahead."""
@@ -85,9 +85,11 @@ class TrainingClips:
             # The oldest goes out once the newest is too much beside it.
             while len(ahead) > self.ahead_batches or sum(item.num_bytes for item in ahead) > self.ahead_bytes:
                 yield self._finish(ahead.popleft())
+        while ahead:
+            yield self._finish(ahead.popleft())
 
     def _start(self, batch: GlobalBatch, state: LoaderState) -> _Ahead:
-        requests = [self._request(draw) for draw in self._mine(batch)]
+        requests = [self._request(batch, draw) for draw in self._mine(batch)]
         pending = tuple(self.decoders.submit(request) for request in requests)
         return _Ahead(batch, state, pending, sum(request.decoded_bytes for request in requests))
 
@@ -106,13 +108,13 @@ class TrainingClips:
             frames[place] = outcome.frames
         self.failed.update(failed)
         self.state = item.state
-        return ClipBatch(item.batch.step, frames, draws, item.state, tuple(failed))
+        return ClipBatch(item.batch.step, frames, draws, item.state, tuple(failed), item.batch.stage)
 
     def _stand_in(self, batch: GlobalBatch, place: int) -> DecodedClip:
         """The next clip of the global batch after that place, around its end, that can be decoded, or a substitute."""
         others = (*batch.draws[place + 1 :], *batch.draws[:place])
         for draw in itertools.chain(others, itertools.islice(self._substitutes(batch), MAX_SUBSTITUTES)):
-            (outcome,) = self.decoders.submit(self._request(draw)).result()
+            (outcome,) = self.decoders.submit(self._request(batch, draw)).result()
             if isinstance(outcome, DecodedClip):
                 return outcome
         keys = ", ".join(draw.source.key for draw in batch.draws[:4])
@@ -124,16 +126,17 @@ class TrainingClips:
 
     def _substitutes(self, batch: GlobalBatch) -> Iterator[Draw]:
         """The epoch's other draws of the batch's bucket: those after its last draw, then those from the start on."""
-        last = batch.draws[-1]
-        after = self.order.draws(last.epoch, last.number + 1)
-        before = itertools.takewhile(lambda draw: draw.number < last.number, self.order.draws(last.epoch))
+        order, last = self.order.order(batch.stage), batch.draws[-1]
+        after = order.draws(last.epoch, last.number + 1)
+        before = itertools.takewhile(lambda draw: draw.number < last.number, order.draws(last.epoch))
         for draw in itertools.chain(after, before):
             if draw.bucket == batch.bucket and draw not in batch.draws:
                 yield draw
 
-    def _request(self, draw: Draw) -> DecodeRequest:
-        shape = ClipShape(draw.bucket.height, draw.bucket.width, self.fit, self.filter)
-        return DecodeRequest(draw.source, self.order.config.grid, (draw.window,), shape)
+    def _request(self, batch: GlobalBatch, draw: Draw) -> DecodeRequest:
+        stage = self.order.stages[batch.stage]
+        shape = ClipShape(draw.bucket.height, draw.bucket.width, stage.sizes.fit, stage.sizes.filter)
+        return DecodeRequest(draw.source, stage.draw.grid, (draw.window,), shape)
 
 
 def _shape(batch: GlobalBatch) -> tuple[int, int, int, int]:

@@ -11,38 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.buckets import BucketConfig
-from pipeline.decode.records import MediaInfo
 from pipeline.epoch import ClipOrder, DrawConfig, LoaderState
 from pipeline.errors import UsageError
-from pipeline.index import IndexFragment, MemberCounts
-from pipeline.samples import Sample
-from pipeline.shards import ShardRef
+from pipeline.index import IndexFragment
+from tests.fakes import fragment_of_lengths
 
 SIZES = BucketConfig(sizes=("32x32", "32x64"))
 
 
-def media(num_frames: int, width: int = 64, kind: str = "video") -> MediaInfo:
-    return MediaInfo(kind, "mov", "h264", width, 64, 0, 24.0, num_frames, num_frames / 24, "yuv420p", 1)  # type: ignore[arg-type]
-
-
-def fragment(number: int, lengths: list[int]) -> IndexFragment:
-    """A shard of videos of these lengths, every third one wide; length 0 is an image, negative a damaged sample."""
-    samples = [
-        Sample(
-            f"{number}/{place}",
-            offset=512 * place,
-            size_bytes=100,
-            member="x.mp4",
-            media=media(max(1, length), 128 if place % 3 == 0 else 64, "video" if length else "image"),
-            status="ok" if length >= 0 else "failed",
-            reason="" if length >= 0 else "truncated",
-        )
-        for place, length in enumerate(lengths)
-    ]
-    return IndexFragment(ShardRef(f"shard-{number}.tar", 1000, "v"), tuple(samples), MemberCounts(1, 1, 0))
-
-
-SHARDS = [fragment(0, [30, 9, 50, 0, 12, -1]), fragment(1, [31, 12, 5, 0, 0]), fragment(2, [40, 41, 42, 43, 17])]
+SHARDS = [
+    fragment_of_lengths(0, [30, 9, 50, 0, 12, -1]),
+    fragment_of_lengths(1, [31, 12, 5, 0, 0]),
+    fragment_of_lengths(2, [40, 41, 42, 43, 17]),
+]
 
 
 def order(shards: list[IndexFragment] = SHARDS, **fields) -> ClipOrder:  # type: ignore[no-untyped-def]
@@ -54,8 +35,8 @@ def test_an_epoch_draws_every_usable_sample_as_often_as_asked() -> None:
     usable = {sample.key for shard in SHARDS for sample in shard.samples if sample.status == "ok"}
     images = {"0/3", "1/3", "1/4"}
     for epoch in range(3):
-        draws = list(order(draws_per_sample=2).draws(epoch))
-        assert Counter(draw.source.key for draw in draws) == {key: 1 if key in images else 2 for key in usable}
+        draws = list(order(draws_per_video=2, draws_per_image=3).draws(epoch))
+        assert Counter(draw.source.key for draw in draws) == {key: 3 if key in images else 2 for key in usable}
         assert [draw.number for draw in draws] == list(range(len(draws)))
         assert {draw.epoch for draw in draws} == {epoch}
 
@@ -107,7 +88,7 @@ def test_nothing_is_lost_between_epochs() -> None:
 def test_any_state_goes_on_with_the_batches_that_would_have_followed(
     lengths: list[list[int]], batch_size: int, shuffle_shards: int
 ) -> None:
-    shards = [fragment(number, shard) for number, shard in enumerate(lengths)]
+    shards = [fragment_of_lengths(number, shard) for number, shard in enumerate(lengths)]
     if not any(length >= 0 for shard in lengths for length in shard):
         with pytest.raises(UsageError, match="no sample of the shards has 1 frames"):
             next(order(shards).batches())
@@ -153,6 +134,8 @@ def test_fps_counts_positions_in_time() -> None:
         ({"frames_weights": (1.0,)}, "frames_weights needs"),
         ({"fps": 12.0, "frame_step": 2}, "without a frame_step"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"draws_per_image": 0}, "draws_per_image must be"),
+        ({"seed": -1}, "seed must be"),
         ({"shuffle_shards": 0}, "shuffle_shards must be"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 
 from pipeline.buckets import BucketConfig
+from pipeline.curriculum import Curriculum, Stage
+from pipeline.decode.backend import decode_windows
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pool import ProcessPool
-from pipeline.decode.records import ClipShape, DecodeRequest
-from pipeline.epoch import ClipOrder, DrawConfig, LoaderState
+from pipeline.decode.records import ClipShape, DecodeOutcome, DecodeRequest
+from pipeline.epoch import DrawConfig, LoaderState
 from pipeline.errors import FailureLimitError, UnitError, UsageError
 from pipeline.index import IndexFragment, list_fragments, read_fragment
 from pipeline.storage import LocalStorage
@@ -32,9 +36,26 @@ def fragments(tmp_path: Path) -> list[IndexFragment]:
     return [read_fragment(storage, shard_id) for shard_id in list_fragments(storage)]
 
 
-def order(fragments: list[IndexFragment], **fields: Any) -> ClipOrder:
-    config = DrawConfig(**{"frames": (5, 9), "batch_size": BATCH_SIZE, "shuffle_shards": 2, **fields})
-    return ClipOrder(config, BucketConfig(sizes=("32x32",)), 8, len(fragments), fragments.__getitem__)
+def draw_config(**fields: Any) -> DrawConfig:
+    return DrawConfig(**{"frames": (5, 9), "batch_size": BATCH_SIZE, "shuffle_shards": 2, **fields})
+
+
+def curriculum(fragments: list[IndexFragment], *stages: Stage) -> Curriculum:
+    return Curriculum(stages, 8, len(fragments), fragments.__getitem__)
+
+
+def order(fragments: list[IndexFragment], **fields: Any) -> Curriculum:
+    return curriculum(fragments, Stage(None, draw_config(**fields), BucketConfig(sizes=("32x32",))))
+
+
+def staged(fragments: list[IndexFragment]) -> Curriculum:
+    """Three stages of another size, step in time, fit and batch each; the last one ends, too."""
+    return curriculum(
+        fragments,
+        Stage(5, draw_config(), BucketConfig(sizes=("32x32",))),
+        Stage(4, draw_config(frames=(5,), frame_step=2), BucketConfig(sizes=("64x64",), fit="stretch")),
+        Stage(6, draw_config(frames=(1, 9), batch_size=8), BucketConfig(sizes=("64x64",), filter="bicubic")),
+    )
 
 
 def take(clips: TrainingClips, count: int) -> list[ClipBatch]:
@@ -87,6 +108,39 @@ def test_every_restart_gives_the_batches_that_would_have_followed_also_on_other_
         np.testing.assert_array_equal(one, other)
 
 
+def test_stages_change_on_all_ranks_alike_and_over_every_restart(fragments: list[IndexFragment]) -> None:
+    """2 ranks, then 1, then 4, changing in the middle of stages; and one rank, from every state there is."""
+    undisturbed = take(TrainingClips(staged(fragments), FakeDecoders()), 99)
+    assert [batch.stage for batch in undisturbed] == [0] * 5 + [1] * 4 + [2] * 6
+    state, found = LoaderState(), []
+    for num_ranks, count in ((2, 3), (1, 4), (4, 99)):
+        clips = [TrainingClips(staged(fragments), FakeDecoders(), rank, num_ranks, state) for rank in range(num_ranks)]
+        for parts in zip(*(take(rank, count) for rank in clips), strict=True):
+            found.append(np.concatenate([part.frames for part in parts]))
+            state = parts[0].state
+    for batch, frames in zip(undisturbed, found, strict=True):
+        np.testing.assert_array_equal(batch.frames, frames)
+    for done, batch in enumerate(undisturbed, start=1):
+        rest = take(TrainingClips(staged(fragments), FakeDecoders(), state=batch.state), 99)
+        assert [(other.draws, other.state) for other in rest] == [
+            (other.draws, other.state) for other in undisturbed[done:]
+        ]
+        for one, other in zip(undisturbed[done:], rest, strict=True):
+            np.testing.assert_array_equal(one.frames, other.frames)
+
+
+def test_clips_are_asked_for_as_their_stage_says_stand_ins_too(fragments: list[IndexFragment]) -> None:
+    decoders = FakeDecoders(bad=["a", "h"])
+    take(TrainingClips(staged(fragments), decoders, ahead_batches=0), 99)
+    asked = {(request.grid.frame_step, request.shape) for request in decoders.requests}
+    assert asked == {
+        (1, ClipShape(32, 32)),
+        (2, ClipShape(64, 64, fit="stretch")),
+        (1, ClipShape(64, 64, filter="bicubic")),
+    }
+    assert len(decoders.requests) > 5 * 12 + 4 * 12 + 6 * 8
+
+
 def test_the_state_is_that_of_the_last_batch_handed_out(fragments: list[IndexFragment]) -> None:
     clips = TrainingClips(order(fragments), FakeDecoders())
     for step, batch in enumerate(islice(iter(clips), 7), start=1):
@@ -117,18 +171,18 @@ def test_failures_are_counted_by_reason(fragments: list[IndexFragment]) -> None:
     assert set(clips.failed) == {"bad_media"}
 
 
-def lonely(fragments: list[IndexFragment]) -> ClipOrder:
+def lonely(fragments: list[IndexFragment]) -> Curriculum:
     """Batches of one clip: no other clip of the batch can stand in."""
-    return order(fragments, frames=(5, 9), batch_size=1, draws_per_sample=3)
+    return order(fragments, frames=(5, 9), batch_size=1, draws_per_video=3)
 
 
 def test_a_batch_without_one_good_clip_is_shown_the_next_good_draw_of_its_shape(fragments: list[IndexFragment]) -> None:
     bad = "befghi"
-    batches = take(TrainingClips(lonely(fragments), FakeDecoders(bad=bad)), 40)
+    batches = take(TrainingClips(lonely(fragments), FakeDecoders(bad=bad)), 120)
     wrapped = 0
     for batch in batches:
         (draw,) = batch.draws
-        epoch = [other for other in lonely(fragments).draws(draw.epoch) if other.bucket == draw.bucket]
+        epoch = [other for other in lonely(fragments).order(0).draws(draw.epoch) if other.bucket == draw.bucket]
         place = epoch.index(draw)
         shown = next(other for other in (*epoch[place:], *epoch[:place]) if other.source.key not in bad)
         wrapped += shown.number < draw.number
@@ -136,15 +190,23 @@ def test_a_batch_without_one_good_clip_is_shown_the_next_good_draw_of_its_shape(
         assert len(batch.failed) == (draw.source.key in bad)
     assert wrapped
     resumed = TrainingClips(lonely(fragments), FakeDecoders(bad=bad), state=batches[19].state)
-    for one, other in zip(batches[20:], take(resumed, 20), strict=True):
+    for one, other in zip(batches[20:40], take(resumed, 20), strict=True):
         np.testing.assert_array_equal(one.frames, other.frames)
+
+
+def test_substitutes_come_from_the_stage_of_their_batch(fragments: list[IndexFragment]) -> None:
+    one = draw_config(batch_size=1)
+    stages = Stage(2, one, BucketConfig(sizes=("32x32",))), Stage(18, one, BucketConfig(sizes=("64x64",)))
+    batches = take(TrainingClips(curriculum(fragments, *stages), FakeDecoders(bad="befghi")), 99)
+    assert any(batch.failed for batch in batches[2:])
+    assert all(batch.frames.shape[2:] == (64, 64, 3) for batch in batches[2:])
 
 
 def test_both_draws_of_one_bad_video_in_a_batch_cost_nothing_more(fragments: list[IndexFragment]) -> None:
     """On any number of ranks alike."""
 
     def shown(num_ranks: int) -> list[np.ndarray]:
-        clips = order(fragments, frames=(9,), batch_size=2, draws_per_sample=2, shuffle_shards=1)
+        clips = order(fragments, frames=(9,), batch_size=2, draws_per_video=2, shuffle_shards=1)
         ranks = [
             take(TrainingClips(clips, FakeDecoders(bad="abdefghi"), rank, num_ranks), 9) for rank in range(num_ranks)
         ]
@@ -157,7 +219,7 @@ def test_both_draws_of_one_bad_video_in_a_batch_cost_nothing_more(fragments: lis
 
 def test_substitutes_are_tried_a_bounded_number_of_times(fragments: list[IndexFragment]) -> None:
     decoders = FakeDecoders(bad="abcdefghi")
-    clips = order(fragments, frames=(9,), batch_size=1, draws_per_sample=20)
+    clips = order(fragments, frames=(9,), batch_size=1, draws_per_video=20)
     with pytest.raises(FailureLimitError, match="nor the 64 next ones"):
         take(TrainingClips(clips, decoders, ahead_batches=0), 1)
     assert len(decoders.requests) == 1 + MAX_SUBSTITUTES
@@ -179,6 +241,8 @@ def test_a_broken_decoder_is_not_a_bad_video(fragments: list[IndexFragment]) -> 
 def test_ranks_must_divide_the_batch(fragments: list[IndexFragment]) -> None:
     with pytest.raises(UsageError, match="batch_size 12 must be a multiple of the 5 ranks"):
         TrainingClips(order(fragments), FakeDecoders(), 0, 5)
+    with pytest.raises(UsageError, match="batch_size 8 must be a multiple of the 3 ranks"):
+        TrainingClips(staged(fragments), FakeDecoders(), 0, 3)
 
 
 @pytest.mark.parametrize(("limits", "most"), [({"ahead_batches": 2}, 3), ({"ahead_bytes": 1}, 1)])
@@ -202,17 +266,28 @@ def test_what_is_decoded_ahead_is_bounded(fragments: list[IndexFragment], limits
     assert decoders.ahead == most * BATCH_SIZE
 
 
+@dataclasses.dataclass
+class InThread:
+    """Decodes in this process."""
+
+    pool: ThreadPoolExecutor
+
+    def submit(self, request: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
+        return self.pool.submit(decode_windows, request, DecodeLimits())
+
+
 def test_real_shards_over_ranks_and_decode_processes(tmp_path: Path) -> None:
-    """Keys over 1, 2 and 3 ranks, with one and two decode processes: every video once, a broken one counted."""
+    """Keys over 1, 2 and 3 ranks, decoded here and in two processes: every video once."""
     paths = write_numbered_shards(tmp_path / "shards", 2, 3, broken={"broken": b"no video" * 100})
     storage = LocalStorage(tmp_path / "index")
     fragments = [read_fragment(storage, shard.shard_id) for shard in index(storage, paths)]
     expected = None
     for num_ranks in (1, 2, 3):
-        for num_processes in (1, 2):
-            with ProcessPool(num_processes, DecodeLimits()) as pool:
+        for num_processes in (0, 2):
+            with ProcessPool(num_processes, DecodeLimits()) if num_processes else ThreadPoolExecutor(1) as pool:
+                decoders = pool if isinstance(pool, ProcessPool) else InThread(pool)
                 clips = order(fragments, frames=(9,), batch_size=6)
-                ranks = [take(TrainingClips(clips, pool, rank, num_ranks), 2) for rank in range(num_ranks)]
+                ranks = [take(TrainingClips(clips, decoders, rank, num_ranks), 2) for rank in range(num_ranks)]
             for step in range(2):  # an epoch is one batch
                 keys = [draw.source.key for rank in ranks for draw in rank[step].draws]
                 assert sorted(keys) == [f"{shard:02d}_{video:03d}" for shard in range(2) for video in range(3)]
