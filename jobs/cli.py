@@ -27,7 +27,7 @@ from jobs.flags import POSITIONALS, ConfigFile
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, to_tree
 
-_RECIPE_COMMANDS = ("plan", "encode")
+_SIZED_COMMANDS = ("plan", "encode", "train", "evaluate")
 _RECIPE_GROUPS = ("sampling", "buckets", "filters", "encode")
 # The two ways to name sizes: a flag of one on the command line or in the file ends the other in the store's recipe.
 _SIZES, _BUDGET = ("sizes",), ("pixel_budget", "aspect_ratios")
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> ConfigFile:
     tree = _read_config(name, _last_value(args, "config"))
     positionals = {key: tree.pop(key) for key in POSITIONALS if key in tree}
     args = [*to_flags(tree), *args]
-    if name in _RECIPE_COMMANDS:
+    if name in _SIZED_COMMANDS:
         args = _with_recipe(args)
     command = _parse(name, args)
     # Named by the user, they replace those of the file, as any flag does.
@@ -163,7 +163,7 @@ def _check_config(name: str, tree: Mapping[str, Any], place: str) -> None:
 
 
 def _with_recipe(args: list[str]) -> list[str]:
-    """The flags, after those of the recipe that the store has."""
+    """The flags, after those of the recipe of the store, if one is named; one way to name sizes ends the other."""
     store = _last_value(args, "store")
     values = _stored_recipe(store) if store else {}
     given = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in args if arg.startswith("--")}

@@ -1,0 +1,118 @@
+"""Training on Ray: every rank a worker of Ray Train, one process group, restarted as a whole when one of them dies.
+
+In:   a TrainJob, and a cluster that jobs.ray_engine.connect has joined.
+Out:  what jobs.train_loop leaves in RUN; for Ray, under RUN/ray, a pointer to each checkpoint.
+Cost: 15 to 20 s to start the ranks, 8 s to start them again; decoding runs as tasks anywhere in the cluster.
+Errors: JobError when ranks died more often than --max-restarts allows, or one of them met what no retry could change.
+
+Ray places, watches and restarts the ranks. Where to go on is not Ray's to say: a report that has returned may still be
+lost with its rank, so the loop goes on from the last checkpoint in RUN, which holds the loader's position, too. Ray
+would also start ranks again after an error that will come again; they find it written down in RUN, and end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs.prepare import decode_limits
+from jobs.train_loop import TrainJob
+from pipeline.errors import JobError
+from pipeline.storage import Storage, open_storage
+
+_POINTERS_KEPT = 2
+_STOPPED = "ray/stopped.txt"
+
+
+def train_on_ray(job: TrainJob) -> None:
+    """Train on as many ranks as the flags say, until the job is done.
+
+    Raises:
+        JobError: the ranks failed more often than the flags allow.
+    """
+    engine = job.command.engine
+    on_gpu = job.device == "cuda"
+    quiet: dict[str, Any] = {
+        "logging_config": LoggingConfig(log_level="WARNING")
+    }  # the types are of an older RunConfig
+    storage = open_storage(job.run_url)
+    storage.delete(_STOPPED)
+    trainer = TorchTrainer(
+        _train_rank,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=engine.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": engine.threads, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:12],
+            storage_path=f"{job.run_url}/ray",
+            failure_config=FailureConfig(max_failures=engine.max_restarts),
+            checkpoint_config=CheckpointConfig(num_to_keep=_POINTERS_KEPT),
+            **quiet,
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        _raise_what_stopped(storage)
+        raise JobError(
+            f"the ranks died more often than --max-restarts {engine.max_restarts} allows; the same command goes on "
+            f"from the last checkpoint: {error}"
+        ) from error
+    _raise_what_stopped(storage)
+
+
+def _raise_what_stopped(storage: Storage) -> None:
+    if storage.exists(_STOPPED):
+        raise JobError(f"training stopped: {storage.read(_STOPPED).decode()}")
+
+
+def _train_rank(config: Mapping[str, Any]) -> None:
+    """What Ray runs on every rank, once the process group is there."""
+    import torch
+
+    from jobs.ray_engine import RayDecoders
+    from jobs.train_loop import train_rank
+
+    job: TrainJob = config["job"]
+    engine = job.command.engine
+    logging.getLogger().setLevel(logging.WARNING)  # Ray reports each report
+    torch.set_num_threads(engine.threads)
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one that collectives without a tensor use
+    job = dataclasses.replace(job, device=str(device))
+    storage = open_storage(job.run_url)
+    if storage.exists(_STOPPED):
+        return
+    try:
+        train_rank(job, RayDecoders(decode_limits(engine)), lambda step, losses: _report(job, step, losses))
+    except (JobError, ValueError) as error:
+        storage.put(_STOPPED, str(error).encode())
+        raise
+
+
+def _report(job: TrainJob, step: int, losses: Mapping[str, float]) -> None:
+    """Tell Ray of a checkpoint: a small one that names ours."""
+    metrics = {"step": step, **losses}
+    if ray.train.get_context().get_world_rank():
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        pointer = {"run": job.run_url, "step": step}
+        (Path(directory) / "checkpoint.json").write_text(json.dumps(pointer), encoding="utf-8")
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
