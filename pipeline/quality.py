@@ -1,13 +1,14 @@
-"""How near a reconstructed clip is to its source: PSNR and SSIM.
+"""How near a reconstructed clip is to its source: PSNR and SSIM of the frames; PSNR of the changes, and flicker.
 
 In:   two clips of one shape, uint8, T H W 3, as numpy arrays or torch tensors on the CPU.
-Out:  one number a pair, the mean over frames.
+Out:  one number a pair, the mean over frames; of changes from frame to frame, None for a still (T = 1).
 Cost: one frame in float64 at a time: memory does not grow with T; SSIM about 10 ms a 256 x 256 frame, PSNR 1 ms.
 Errors: ValueError when the clips are not two uint8 clips of one shape.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -40,9 +41,35 @@ def ssim(a: Clip, b: Clip) -> float:
     return _mean(_frame_ssim(frame_a, frame_b) for frame_a, frame_b in _frame_pairs(a, b))
 
 
+def temporal_psnr(a: Clip, b: Clip) -> float | None:
+    """PSNR in dB of the changes from each frame to the next: the mean over changes, each at most 100 dB.
+
+    The peak is 255, as of frames, so that a constant error, which cancels, counts as none.
+    """
+    errors = (frame_b - frame_a for frame_a, frame_b in _frame_pairs(a, b))
+    return _mean_or_none(_frame_psnr(before, after) for before, after in itertools.pairwise(errors))
+
+
+def flicker(source: Clip, reconstruction: Clip) -> float | None:
+    """By how much more the reconstruction changes than the source does: 0 where it is still, in 8-bit levels.
+
+    The mean over pixels and changes of max(0, |change of the reconstruction| - |change of the source|).
+    """
+    pairs = itertools.pairwise(_frame_pairs(source, reconstruction))
+    return _mean_or_none(
+        float(((made_after - made).abs() - (shown_after - shown).abs()).clamp(min=0).mean())
+        for (shown, made), (shown_after, made_after) in pairs
+    )
+
+
 def _mean(values: Iterator[float]) -> float:
     collected = list(values)
     return math.fsum(collected) / len(collected)
+
+
+def _mean_or_none(values: Iterator[float]) -> float | None:
+    collected = list(values)
+    return math.fsum(collected) / len(collected) if collected else None
 
 
 def _frame_pairs(a: Clip, b: Clip) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

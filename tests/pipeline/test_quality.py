@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.quality import psnr, ssim
+from pipeline.quality import flicker, psnr, ssim, temporal_psnr
 
 RNG = np.random.default_rng(0)
 
@@ -97,7 +97,43 @@ def test_tensors_and_read_only_arrays_are_clips_too():
     assert ssim(a, b) == ssim(tensor_a, tensor_b)
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
+def flat(*levels: int) -> np.ndarray:
+    """A clip whose frames are each of one level."""
+    return np.stack([np.full((4, 5, 3), level, np.uint8) for level in levels])
+
+
+def test_temporal_psnr_is_that_of_the_changes():
+    a, b = clip(4, 9, 7), clip(4, 9, 7)
+    changes_a, changes_b = np.diff(a.astype(float), axis=0), np.diff(b.astype(float), axis=0)
+    errors = ((changes_a - changes_b) ** 2).mean(axis=(1, 2, 3))
+    assert temporal_psnr(a, b) == pytest.approx(np.mean(10 * np.log10(255**2 / errors)), abs=1e-9)
+
+
+def test_temporal_psnr_forgives_an_error_that_stays():
+    assert temporal_psnr(flat(10, 20, 30), flat(50, 60, 70)) == 100
+    assert temporal_psnr(flat(10, 10), flat(10, 20)) == pytest.approx(20 * math.log10(25.5))
+
+
+def test_flicker_is_by_how_much_more_the_reconstruction_changes():
+    assert flicker(flat(100, 100, 100), flat(90, 110, 100)) == pytest.approx((20 + 10) / 2)
+    assert flicker(flat(100, 110), flat(100, 84)) == pytest.approx(6)  # in the other direction, too
+    source, made = clip(3, 6, 5), clip(3, 6, 5)
+    moves = [np.abs(np.diff(frames.astype(float), axis=0)) for frames in (source, made)]
+    assert flicker(source, made) == pytest.approx(np.maximum(moves[1] - moves[0], 0).mean(), abs=1e-9)
+
+
+def test_a_still_reconstruction_does_not_flicker():
+    source = clip(4, 6, 6)
+    assert flicker(source, np.repeat(source[:1], 4, axis=0)) == 0
+    assert flicker(source, source) == 0
+
+
+def test_a_still_has_no_changes():
+    assert temporal_psnr(clip(1, 4, 4), clip(1, 4, 4)) is None
+    assert flicker(clip(1, 4, 4), clip(1, 4, 4)) is None
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, temporal_psnr, flicker])
 def test_what_is_no_pair_of_clips_is_refused(metric):
     a = clip(2, 4, 4)
     for other, message in [
