@@ -9,14 +9,24 @@ Errors: UsageError from a record that cannot be.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 from typing import Literal
 
 from jobs.flags import (
     ConfigFile,
+    Shards,
     require_positive,
 )
+from pipeline.errors import UsageError
+
+ENCODE_SETS = ("short", "long", "mixed", "broken", "tiny", "huge")
+ENCODE_ENCODERS = ("balanced", "decode-bound", "encode-bound", "tiny-vae", "wan-2.1")
+Contender = Literal["local", "ray-1", "ray-2", "plain", "dataloader", "decord", "ray-data"]
+OURS: tuple[Contender, ...] = ("local", "ray-1", "ray-2")
+TINY_VAE = "tiny-vae"
+OTHERS: tuple[Contender, ...] = ("plain", "dataloader", "decord", "ray-data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +82,126 @@ class BenchModel(ConfigFile):
 
     def __post_init__(self) -> None:
         require_positive(self, "frames", "size", "repetitions", "threads")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchEncode(ConfigFile):
+    """Measure whole jobs against what people run today, on the same clips and encoder; writes Markdown and JSON."""
+
+    output: Path = Path()
+    """Directory for encode_<hardware>_<date>.md and .json."""
+    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    """What to call this machine in the file's name."""
+    cases: tuple[str, ...] = (
+        *(f"{name}:balanced" for name in ENCODE_SETS),
+        *(f"{name}:{speed}" for name in ("short", "long") for speed in ("decode-bound", "encode-bound")),
+        *(f"short:{encoder}" for encoder in ("tiny-vae", "wan-2.1")),
+    )
+    """SET:ENCODER. Sets: short, long, mixed, broken, tiny, huge. Encoders that sleep as a GPU would: balanced (as fast
+    as all cores decode), decode-bound (3 times as fast), encode-bound (a third); that compute: tiny-vae, wan-2.1."""
+    contenders: tuple[Contender, ...] = (*OURS, *OTHERS)
+    """Ours: local, ray-1 and ray-2 (encode workers). Others: plain (a script), dataloader (with PyAV), decord (with a
+    DataLoader), ray-data."""
+    seconds_per_set: float = 60.0
+    """What a case's clips take at least on all cores: what its number of clips comes from."""
+    repetitions: int = 3
+    """Rounds in which the contenders take turns; medians are reported."""
+    cores: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """Cores that every contender is held to, each in its turn."""
+    decode_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """Decode processes of every contender that has some."""
+    encode_threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """CPU threads of the encoder, of all encode workers together."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seconds_per_set", "repetitions", "cores", "decode_workers", "encode_threads")
+        known = [":".join(pair) for pair in itertools.product(ENCODE_SETS, ENCODE_ENCODERS)]
+        for case in self.cases:
+            if case not in known:
+                raise UsageError(
+                    f"--cases {case}: say SET:ENCODER with a set of {', '.join(ENCODE_SETS)} and an encoder of "
+                    f"{', '.join(ENCODE_ENCODERS)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchTrain(ConfigFile):
+    """Measure how long training waits for clips, and our loader against others; writes Markdown and JSON."""
+
+    shards: Shards = ()
+    """Tars of whole videos, at least one for each decode worker; default: generated ones."""
+    output: Path = Path()
+    """Directory for train_<hardware>_<date>.md and .json."""
+    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    """What to call this machine in the file's name."""
+    frames: int = 9
+    """Frames of a training clip."""
+    size: int = 64
+    """Height and width of a training clip, in pixels."""
+    batch_size: int = 4
+    """Clips per step."""
+    decode_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """Decode processes of our loader, and workers of the others."""
+    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """CPU threads of a busy step."""
+    step_seconds: float = 0.3
+    """What a step takes: asleep, as with a GPU, and busy on all threads."""
+    steps: int = 50
+    """Steps that are measured, of each kind."""
+    repetitions: int = 3
+    """Rounds in which the loaders take turns; medians are reported."""
+    videos: int = 64
+    """Generated videos."""
+    video_height: int = 240
+    """Height of the generated 16:9 videos, in pixels."""
+    video_frames: int = 90
+    """Their length."""
+
+    def __post_init__(self) -> None:
+        names = ("frames", "size", "batch_size", "decode_workers", "threads", "step_seconds", "steps", "repetitions")
+        require_positive(self, *names, "videos", "video_height", "video_frames")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchScale(ConfigFile):
+    """Measure what grows and what must not: the driver with 1e6 units, memory, start-up; writes Markdown and JSON."""
+
+    output: Path = Path()
+    """Directory for scale_<hardware>_<date>.md and .json."""
+    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    """What to call this machine in the file's name."""
+    parts: tuple[Literal["controller", "books", "memory", "start"], ...] = ("controller", "books", "memory", "start")
+    """What to measure: leasing units to fake workers; reading the ledger of a finished store; the peak memory of a
+    job's processes; the parts of a small job's wall time."""
+    engines: tuple[Literal["local", "ray"], ...] = ("local", "ray")
+    """Engines of memory and start; Ray takes the first encoder only."""
+    encoders: tuple[str, ...] = ("rehearsal:4x8x8x16@20", TINY_VAE)
+    """Encoders of memory and start: rehearsal:TxHxWxC@MEGAPIXELS (sleeps), tiny-vae (computes; random weights)."""
+    units: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    """Units that the controller leases to one fake worker."""
+    workers: tuple[int, ...] = (10, 100, 1_000)
+    """Numbers of fake workers that it leases `worker_units` to."""
+    worker_units: int = 20_000
+    """Units for those."""
+    books_units: tuple[int, ...] = (1_000, 10_000)
+    """Fragments in the ledger."""
+    video_seconds: tuple[int, int] = (60, 600)
+    """Lengths of the short and the long video whose memory is compared."""
+    video_height: int = 240
+    """Their height, in pixels."""
+    videos: int = 16
+    """How many of them a job reads, four clips each."""
+    clips: tuple[int, int] = (100, 1_000)
+    """Few and many clips, of short videos, whose memory is compared."""
+    start_clips: int = 32
+    """Clips of the one tar that start-up is measured with."""
+    size: int = 64
+    """Height and width of the clips, in pixels."""
+    repetitions: int = 3
+    """Local starts of which the median is reported; Ray starts once."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "worker_units", "video_height", "videos", "start_clips", "size", "repetitions")
+        for name in ("units", "workers", "books_units", "video_seconds", "clips"):
+            if not min(getattr(self, name), default=0) > 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")

@@ -1,0 +1,171 @@
+"""`latentmill bench encode`: whole jobs, ours and those that people write, on the same clips with the same encoder.
+
+In:   cases (a set and an encoder), contenders, how long; a directory for the result.
+Out:  encode_<hardware>_<date>.md and .json, rewritten after every case: clips per second, share of the bare encoder and
+      of the work-conserving bound, start-up, memory, goals.
+Cost: per case and round about 10 to 15 times --seconds-per-set, and half a minute of start-ups.
+Errors: UsageError when the output is no directory. A contender that dies says so in its row.
+
+A pilot of one tar measures what a clip costs; the number of tars, and the speed of an encoder that sleeps, follow from
+it. Then the contenders take turns, in an order that rotates; ratios are taken within a round, medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.bench_config import BenchEncode
+from jobs.bench_decode import cpu_name, rotated
+from jobs.bench_encode_report import to_markdown
+from jobs.bench_encode_runs import Job, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
+from jobs.bench_encode_sets import REAL, SETS, SLEEPING, write_tars
+from pipeline.errors import UsageError
+
+Json = dict[str, Any]
+_LIBRARIES = ("torch", "ray", "av", "decord", "numpy", "zarr", "pyarrow", "pandas", "diffusers")
+_BARE_SHARE = 4  # the bare stages see a quarter of the tars, which are all alike
+_AT_ONCE = "rehearsal:4x8x8x16@1000000000"
+
+
+def run_bench_encode(command: BenchEncode) -> int:
+    """Measure, write, print. Returns the exit code."""
+    if not command.output.is_dir():
+        raise UsageError(f"--output {command.output} is no directory: make it first")
+    videos = Path(tempfile.gettempdir()) / "latentmill-bench"
+    videos.mkdir(exist_ok=True)
+    path = command.output / f"encode_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}.json"
+    result: Json = {"about": _about(command), "cases": []}
+    with _held_to(command.cores):
+        for case in command.cases:
+            with tempfile.TemporaryDirectory(prefix="latentmill-bench-encode-") as scratch:
+                result["cases"].append(_case(command, case, videos, Path(scratch)))
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            path.with_suffix(".md").write_text(to_markdown(result))
+    print(to_markdown(result))
+    return 0
+
+
+@contextlib.contextmanager
+def _held_to(cores: int) -> Iterator[None]:
+    """This process, and those that it starts, on so many cores."""
+    before = os.sched_getaffinity(0)
+    if cores > len(before):
+        raise UsageError(f"--cores {cores}: this process may use {len(before)}")
+    os.sched_setaffinity(0, sorted(before)[:cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _about(command: BenchEncode) -> Json:
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return {
+        "command": "latentmill bench encode " + " ".join(sys.argv[3:]),
+        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+        "commit": _commit(),
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        "versions": versions,
+        "repetitions": command.repetitions,
+        "cores": command.cores,
+        "decode_workers": command.decode_workers,
+        "encode_threads": command.encode_threads,
+        "seconds_per_set": command.seconds_per_set,
+    }
+
+
+def _commit() -> str:
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    root = Path(__file__).resolve().parents[1]
+    argv = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def _case(command: BenchEncode, case: str, videos: Path, scratch: Path) -> Json:
+    """All rounds of one set with one encoder."""
+    job = _sized_job(command, case, videos, scratch)
+    quarter = store_with_plan(job, job.tars[: -(-len(job.tars) // _BARE_SHARE)], scratch / "quarter")
+    rounds = []
+    for number in range(command.repetitions):
+        order = rotated(("bare", *command.contenders), number)
+        rounds.append({name: _measured(command, job, name, quarter) for name in order})
+    set_name, _, encoder = case.partition(":")
+    return {
+        "set": set_name,
+        "about": SETS[set_name].about,
+        "encoder": encoder,
+        "source": job.encoder if encoder in SLEEPING else "",
+        "sleeps": encoder in SLEEPING,
+        "clips": job.clips,
+        "good_clips": job.good_clips,
+        "rounds": rounds,
+    }
+
+
+def _measured(command: BenchEncode, job: Job, name: str, quarter: Path) -> Json:
+    """One contender, or the bare stages, once."""
+    if name == "bare":
+        sleeps = job.encoder.startswith("rehearsal:")
+        stages = bare_stages(job, quarter, _AT_ONCE if sleeps else job.encoder, command.cores)
+        cell = {**stages, "encoder_seconds": bare_encoder(job, quarter)}
+        told = f"{1 / cell['encoder_seconds']:.1f} clips/s of the encoder alone"
+    else:
+        cell = run_contender(job, name)
+        told = cell.get("error") or f"{cell['clips'] / cell['seconds']:.1f} clips/s"
+    print(f"{job.name} {name}: {told}", file=sys.stderr, flush=True)
+    return cell
+
+
+def _sized_job(command: BenchEncode, case: str, videos: Path, scratch: Path) -> Job:
+    """The job whose clips keep all cores, or the encoder, busy for `seconds_per_set`."""
+    set_name, _, encoder = case.partition(":")
+    chosen = SETS[set_name]
+    source = REAL[encoder](scratch / "encoder") if encoder in REAL else _AT_ONCE
+    job = Job(
+        name=case,
+        scratch=scratch,
+        tars=tuple(write_tars(set_name, videos, scratch / "pilot-tars", 1)),
+        flags=(*chosen.flags, "--batch-size", str(chosen.batch_size)),
+        batch_size=chosen.batch_size,
+        encoder=source,
+        decode_workers=command.decode_workers,
+        encode_threads=command.encode_threads,
+        limit_seconds=300 + 30 * command.seconds_per_set,
+    )
+    pilot = store_with_plan(job, job.tars, scratch / "pilot")
+    samples, clips, megapixels = samples_of(pilot)
+    cost = bare_stages(job, pilot, source, command.cores)
+    # Not the write: it goes by the unit, and a pilot's units are small.
+    seconds = (cost["decode_cpu_seconds"] + cost["encode_cpu_seconds"]) / command.cores
+    if encoder in SLEEPING:
+        encode_seconds = cost["decode_cpu_seconds"] / command.cores / SLEEPING[encoder]
+        source = f"rehearsal:4x8x8x16@{megapixels / clips / encode_seconds:.3f}"
+        seconds = max(seconds, encode_seconds)
+    num_tars = max(2, math.ceil(command.seconds_per_set / seconds / clips))
+    return dataclasses.replace(
+        job,
+        tars=tuple(write_tars(set_name, videos, scratch / "tars", num_tars)),
+        encoder=source,
+        samples=tuple(samples),
+        clips=clips * num_tars,
+        good_clips=chosen.good_clips * num_tars,
+    )

@@ -1,0 +1,239 @@
+"""The encode benchmark's result as Markdown: who is ahead, how near to the bounds, and what that is against the goals.
+
+In:   the result that is also written as JSON.
+Out:  Markdown.
+Cost: none.
+Errors: KeyError for another result.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jobs.bench_config import OTHERS, OURS
+from jobs.bench_decode_report import Goal, Spread
+
+Json = dict[str, Any]
+_ONE_ENCODER = ("local", "ray-1")
+_NAMES = {
+    "local": "**ours, --local**",
+    "ray-1": "**ours, Ray, 1 encode worker**",
+    "ray-2": "**ours, Ray, 2 encode workers**",
+    "plain": "plain script",
+    "dataloader": "DataLoader, PyAV",
+    "decord": "DataLoader, decord",
+    "ray-data": "Ray Data",
+}
+
+
+def to_markdown(result: Json) -> str:
+    """The whole page."""
+    lines = [*_head(result["about"]), *_goals(result), *_behind(result["cases"])]
+    for case in result["cases"]:
+        lines += _table(case, result["about"]["cores"])
+    return "\n".join(lines) + "\n"
+
+
+def _head(about: Json) -> Iterator[str]:
+    yield from ("# Encode benchmark", "", f"- command: `{about['command']}`")
+    yield f"- date: {about['date']}, commit {about['commit']}"
+    yield f"- hardware: {about['hardware']}"
+    yield f"- versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
+    yield f"- every contender, in its turn: {about['cores']} cores, {about['decode_workers']} decode processes (the"
+    yield f"  plain script has none, but FFmpeg's threads), {about['encode_threads']} threads of the encoder in all,"
+    yield "  float32, the same batch size"
+    yield f"- medians of {about['repetitions']} rounds in rotating order, in brackets the least and the most; ratios"
+    yield "  are taken within a round"
+    yield "- seconds run from the encoder loaded and the first decode begun to the last latent written; start and end"
+    yield "  are what comes before and after (imports, Ray, loading the encoder, the end of processes). Ours indexes"
+    yield "  the tars and starts its decode processes in its seconds; the others are given offsets and windows"
+    yield "- encoder alone: one encoder on clips in memory. Bound: the longer of its sleep per encode worker, and the"
+    yield "  CPU seconds of our decode, encode and write (one copy of the stages per core at once) over the cores"
+    yield ""
+
+
+# ratios within a round: None where a contender died
+
+
+def rate(turn: Json, name: str) -> float | None:
+    """Clips per second, or None."""
+    cell = turn.get(name, {"error": "not run"})
+    return None if "error" in cell else float(cell["clips"] / cell["seconds"])
+
+
+def slower_of_ours(turn: Json) -> float | None:
+    """Clips per second of the slower of ours with one encoder."""
+    return min((found for name in _ONE_ENCODER if (found := rate(turn, name)) is not None), default=None)
+
+
+def bound_seconds(case: Json, turn: Json, name: str, cores: int) -> float:
+    """What no engine can beat with these stages."""
+    bare = turn["bare"]
+    cpu = sum(bare[f"{stage}_cpu_seconds"] for stage in ("decode", "encode", "write")) / cores
+    asleep = bare["encoder_seconds"] / (2 if name == "ray-2" else 1) if case["sleeps"] else 0.0
+    return float(case["clips"] * max(cpu, asleep))
+
+
+def _spread(case: Json, ratio: Callable[[Json], float | None]) -> Spread | None:
+    found = [value for turn in case["rounds"] if (value := ratio(turn)) is not None]
+    return Spread.of(found) if found else None
+
+
+def against(case: Json, other: str) -> Spread | None:
+    """How many times as fast as another contender the slower of ours is."""
+    return _spread(case, lambda turn: _quotient(slower_of_ours(turn), rate(turn, other)))
+
+
+def over_bound(case: Json, name: str, cores: int) -> Spread | None:
+    """Seconds over the bound."""
+    return _spread(
+        case,
+        lambda turn: turn[name]["seconds"] / bound_seconds(case, turn, name, cores) if rate(turn, name) else None,
+    )
+
+
+def of_bare(case: Json, name: str) -> Spread | None:
+    """Clips per second as a share of the encoder alone."""
+    return _spread(case, lambda turn: (found := rate(turn, name)) and found * turn["bare"]["encoder_seconds"])
+
+
+def _of_what_decode_leaves(case: Json, name: str) -> Spread | None:
+    """The same, of the share of CPU time that decoding and writing leave a real encoder."""
+
+    def ratio(turn: Json) -> float | None:
+        bare = turn["bare"]
+        share = bare["encode_cpu_seconds"] / sum(
+            bare[f"{stage}_cpu_seconds"] for stage in ("decode", "encode", "write")
+        )
+        return (found := rate(turn, name)) and found * bare["encoder_seconds"] / share
+
+    return _spread(case, ratio)
+
+
+def _ray_over_local(case: Json) -> Spread | None:
+    return _spread(case, lambda turn: _quotient(rate(turn, "local"), rate(turn, "ray-1")))
+
+
+def _busy(case: Json, name: str) -> Spread | None:
+    return _spread(case, lambda turn: turn.get(name, {}).get("busy"))
+
+
+def _quotient(one: float | None, other: float | None) -> float | None:
+    return None if one is None or not other else one / other
+
+
+# goals
+
+
+def goals(cases: Sequence[Json], cores: int) -> list[Goal]:
+    """The worst row counts; a goal whose rows were not run is left out."""
+    by_name = {f"{case['set']}:{case['encoder']}": case for case in cases}
+    short, long = ([by_name[name]] if name in by_name else [] for name in ("short:balanced", "long:balanced"))
+    real = [case for case in cases if not case["sleeps"]]
+    encode_bound = [case for case in cases if case["encoder"] == "encode-bound"]
+    wanted = [
+        (Goal.at_most, "seconds / work-conserving bound", 1.10, _rows(cases, lambda c, n: over_bound(c, n, cores))),
+        (Goal.at_least, "encoder busy, sleeping, encode-bound", 0.98, _rows(encode_bound, _busy)),
+        (Goal.at_most, "Ray / --local, seconds", 1.05, [_ray_over_local(case) for case in cases]),
+        (Goal.at_least, "ours / Ray Data, short:balanced", 1.3, [against(case, "ray-data") for case in short]),
+        (Goal.at_least, "ours / plain script, long:balanced", 1.5, [against(case, "plain") for case in long]),
+        (
+            Goal.at_least,
+            "ours / DataLoaders, long:balanced",
+            1.2,
+            [against(case, name) for case in long for name in ("dataloader", "decord")],
+        ),
+        (
+            Goal.at_least,
+            "real encoders: share of the encoder alone that decode leaves",
+            0.98,
+            _rows(real, _of_what_decode_leaves),
+        ),
+        (Goal.at_least, "ours / any other", 1.0, [against(case, name) for case in cases for name in OTHERS]),
+    ]
+    found = [(make, name, goal, [row for row in rows if row is not None]) for make, name, goal, rows in wanted]
+    return [make(name, goal, rows) for make, name, goal, rows in found if rows]
+
+
+def _rows(cases: Sequence[Json], ratio: Callable[[Json, str], Spread | None]) -> list[Spread | None]:
+    return [ratio(case, name) for case in cases for name in _ONE_ENCODER]
+
+
+def _goals(result: Json) -> Iterator[str]:
+    yield "`ours` in a ratio is the slower of --local and Ray with one encode worker."
+    yield ""
+    yield from ("| goal | worst row | wanted | met |", "|---|---|---|---|")
+    for goal in goals(result["cases"], result["about"]["cores"]):
+        yield f"| {goal.name} | {goal.measured} | {goal.wanted:g} | {goal.verdict} |"
+    yield ""
+
+
+def _behind(cases: Sequence[Json]) -> Iterator[str]:
+    """Where a contender is ahead of ours."""
+    ahead = [
+        f"- {case['set']} with {case['encoder']}: {_NAMES[name]} is ahead, ours has {found} of its clips/s"
+        for case in cases
+        for name in OTHERS
+        if (found := against(case, name)) is not None and found.median < 1
+    ]
+    yield from ahead or ["No other contender is ahead of ours in any row."]
+    yield ""
+
+
+def _table(case: Json, cores: int) -> Iterator[str]:
+    source = f", `{case['source']}`" if case["source"] else ""
+    yield f"## {case['set']}: {case['about']}"
+    yield ""
+    kind = "sleeps, uses no CPU" if case["sleeps"] else "computes on the CPU, random weights"
+    yield f"Encoder: **{case['encoder']}** ({kind}){source}. {case['clips']} clips, {case['good_clips']} of them good."
+    yield _bare_line(case, cores)
+    yield ""
+    yield (
+        "| contender | clips/s | of the encoder alone | seconds / bound | encoder busy | ours is x as fast | "
+        "index, s | start and end, s | total, s | CPU, s | largest process, MiB | remarks |"
+    )
+    yield "|" + "---|" * 12
+    for name in (*OURS, *OTHERS):
+        if any(name in turn for turn in case["rounds"]):
+            yield _row(case, name, cores)
+    yield ""
+
+
+def _bare_line(case: Json, cores: int) -> str:
+    bare = {key: statistics.median(turn["bare"][key] for turn in case["rounds"]) for key in case["rounds"][0]["bare"]}
+    stages = ", ".join(f"{stage} {1e3 * bare[f'{stage}_cpu_seconds']:.2f}" for stage in ("decode", "encode", "write"))
+    bound = statistics.median(bound_seconds(case, turn, "local", cores) for turn in case["rounds"])
+    return (
+        f"Bare stages, CPU ms per clip: {stages}; encoder alone {1 / bare['encoder_seconds']:.1f} clips/s; "
+        f"bound with one encoder {bound:.1f} s."
+    )
+
+
+def _row(case: Json, name: str, cores: int) -> str:
+    cells = [turn[name] for turn in case["rounds"]]
+    alive = [cell for cell in cells if "error" not in cell]
+    remarks = "; ".join(dict.fromkeys(_remarks(case, name, cells)))
+    if not alive:
+        return f"| {_NAMES[name]} |" + " |" * 10 + f" {remarks} |"
+    ratios = [of_bare(case, name), over_bound(case, name, cores), _busy(case, name)]
+    ratios.append(against(case, name) if name in OTHERS else None)
+    rates = Spread.of([cell["clips"] / cell["seconds"] for cell in alive])
+    keys = ("index_seconds", "startup_seconds", "total_seconds", "cpu_seconds", "peak_mib")
+    medians = [f"{statistics.median(cell[key] for cell in alive):.{0 if key == 'peak_mib' else 1}f}" for key in keys]
+    texts = [str(rates), *("" if ratio is None else str(ratio) for ratio in ratios), *medians, remarks]
+    return f"| {_NAMES[name]} | {' | '.join(texts)} |"
+
+
+def _remarks(case: Json, name: str, cells: Sequence[Json]) -> Iterator[str]:
+    found = against(case, name) if name in OTHERS else None
+    if found is not None and found.median < 1:
+        yield "AHEAD of ours"
+    for cell in cells:
+        if "error" in cell:
+            yield str(cell["error"]).replace("|", "/")[:160]
+        elif cell["clips"] < case["good_clips"]:
+            yield f"lost {case['good_clips'] - cell['clips']} good clips"
+        elif cell["clips"] > case["good_clips"]:
+            yield f"saved {cell['clips'] - case['good_clips']} clips of broken videos"
