@@ -185,6 +185,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Job:
 class TestRuns:
     """One set, broken videos included, through ours and a script, without the whole command."""
 
+    @pytest.mark.slow
     def test_ours_writes_every_good_clip_and_tells_its_times(self, job: Job) -> None:
         cell = run_contender(job, "local")
         assert cell["clips"] == job.good_clips
@@ -208,6 +209,7 @@ class TestRuns:
         assert "died: " in run_contender(broken, "local")["error"]
         assert "rehearsal:nonsense" in run_contender(broken, "plain")["error"]
 
+    @pytest.mark.slow
     def test_the_bare_stages_do_the_whole_plan(self, job: Job, tmp_path: Path) -> None:
         storage = open_storage(str(job.scratch / "pilot"))
         plan, encoder = load_plan(storage, open_header(storage).recipe), open_encoder("rehearsal:4x8x8x16@10")

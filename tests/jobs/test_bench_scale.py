@@ -119,6 +119,7 @@ def test_peaks_of_a_process_below_and_what_ray_spills(tmp_path: Path) -> None:
     assert memory.spilled_files == 1
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_its_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_time_is_either_waiting_or_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert measure(asked)["waiting_share"] > 0.9
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_both_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

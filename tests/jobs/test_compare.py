@@ -71,6 +71,7 @@ def first_run(folder: Path) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_one_that_fails_is_told_and_the_other_still_runs(folder: Path, first_run: int) -> None:
     assert first_run == 1
     made = results(folder)
@@ -81,6 +82,7 @@ def test_one_that_fails_is_told_and_the_other_still_runs(folder: Path, first_run
     assert [row["recipe"] for row in rows(table)] == ["codes"]
 
 
+@pytest.mark.slow
 def test_the_table_says_what_was_trained_and_what_came_of_it(folder: Path, first_run: int) -> None:
     (row,) = rows((folder / "out/comparison.md").read_text())
     made = results(folder)["codes"]
@@ -96,6 +98,7 @@ def test_the_table_says_what_was_trained_and_what_came_of_it(folder: Path, first
     assert row["codes (perplexity)"] == f"{codes['used']}/8 ({codes['perplexity']:.0f})"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_there_is_not_trained_again(folder: Path, first_run: int) -> None:
     model, recipe = folder / "out/codes/model/config.json", folder / "codes.yaml"
     before = model.stat().st_mtime_ns, model.read_text()
@@ -104,6 +107,7 @@ def test_a_model_that_is_there_is_not_trained_again(folder: Path, first_run: int
     assert (model.stat().st_mtime_ns, model.read_text()) == before
 
 
+@pytest.mark.slow
 def test_a_recipe_that_changed_does_not_pass_for_what_was_trained(folder: Path, first_run: int) -> None:
     before = {name: (folder / f"{name}.yaml").read_text() for name in ("codes", "wrong")}
     (folder / "codes.yaml").write_text(before["codes"].replace("steps: 3", "steps: 4"))
