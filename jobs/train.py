@@ -40,6 +40,8 @@ def run_train(command: Train) -> int:
         raise UsageError("train needs SHARDS: paths of tars, globs or braces")
     if command.output.exists():
         raise UsageError(f"--output {command.output} exists already: name a new directory, or remove it")
+    if command.settings.freeze_encoder and command.model.initial is None:
+        raise UsageError("--freeze-encoder needs --initial: the model whose encoder is kept")
     stages = _stages(command)
     steps, seconds = _limits(command, stages)
     _check_model(command, stages)
@@ -49,9 +51,9 @@ def run_train(command: Train) -> int:
         storage.sweep(older_than_seconds=_STALE_SECONDS)
     shards = index_shards(storage, command.shards, command.engine)
     held_out = index_shards(storage, command.checkpoints.held_out, command.engine)
-    require_same_flags(storage, _flags_that_count(command, shards, steps, seconds))
     job = _make_job(command, storage, stages, (steps, seconds), shards, held_out)
     _check_shards(job, storage)
+    require_same_flags(storage, _flags_that_count(command, shards, steps, seconds))
     _run(job)
     _export(job, storage)
     return 0

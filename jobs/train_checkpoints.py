@@ -1,10 +1,10 @@
 """Where a training stands, on disk: checkpoints that are there whole or not at all, and which of them are kept.
 
 In:   a Storage at RUN; the trainer's tensors and the loop's position.
-Out:  RUN/checkpoints/<step>/: a safetensors file per part (model, average, optimiser ...), then `checkpoint.json`, with
-      which it counts. RUN/train.json: the flags that the training began with. RUN/finished.json: how it ended.
-Cost: a checkpoint is four copies of the weights, in memory while it is written or read; an object store's limit of one
-      put (5 GB) bounds a part.
+Out:  RUN/checkpoints/<step>/: safetensors files (model, average, optimiser ...), then `checkpoint.json`, with which it
+      counts. RUN/train.json: the flags that the training began with. RUN/finished.json: how it ended.
+Cost: a checkpoint is four copies of the weights, in memory while it is written or read, in parts of about
+      64 MB.
 Errors: MismatchError for other flags than the training began with; StoreError for a damaged checkpoint.
 
 One process writes at a time. What a kill leaves without its document is written over or swept with the next checkpoint.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _FLAGS, _FINISHED = "train.json", "finished.json"
+_PART_BYTES = 64 << 20  # what a slow uplink puts in a minute
 _PREFIX, _DOCUMENT = "checkpoints/", "checkpoint.json"
 
 
@@ -68,11 +70,8 @@ class Checkpoints:
         """Write a checkpoint, its document last, and drop those that are not kept."""
         from safetensors.torch import save
 
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            parts.setdefault(name.split(".")[0] if "." in name else "numbers", {})[name] = tensor
         digests = {}
-        for part, members in parts.items():
+        for part, members in _parts(tensors).items():
             data = save(members)
             digests[part] = hashlib.sha256(data).hexdigest()
             self._storage.put(_part_name(position.step, part), data)
@@ -171,6 +170,20 @@ def _parse(storage: Storage, name: str, data: bytes) -> dict[str, Any]:
         raise StoreError(f"{storage.url}/{name} has format version {version}; this code reads {FORMAT_VERSION}")
     fields: dict[str, Any] = document
     return fields
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the part that holds them: of one prefix, and no more than a put of a minute takes."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    sizes, numbers = Counter[str](), Counter[str]()
+    for name, tensor in tensors.items():
+        prefix = name.split(".")[0] if "." in name else "numbers"
+        if sizes[prefix] and sizes[prefix] + tensor.nbytes > _PART_BYTES:
+            numbers[prefix] += 1
+            sizes[prefix] = 0
+        sizes[prefix] += tensor.nbytes
+        parts.setdefault(f"{prefix}-{numbers[prefix]}" if numbers[prefix] else prefix, {})[name] = tensor
+    return parts
 
 
 def _part_name(step: int, part: str) -> str:

@@ -30,6 +30,7 @@ from jobs.train_history import History, drop_after, failed_clips
 from jobs.train_model import make_objective, model_config
 from jobs.train_watch import Watch
 from models.bottlenecks.ranks import from_first_rank, rank, sum_over_ranks, wait_for_ranks, world_size
+from models.checkpoint import read_document
 from models.pixels import to_pixels
 from models.trainer import Trainer
 from models.training import measure_normaliser
@@ -221,7 +222,10 @@ class _Loop:
         write_finished(self._storage, fields)
 
     def _normaliser(self) -> Normaliser:
-        num_batches = self._job.command.normaliser_batches
+        command = self._job.command
+        if command.settings.freeze_encoder and command.model.initial is not None:
+            return read_document(command.model.initial).normaliser  # the latents are the same
+        num_batches = command.normaliser_batches
         alone: dict[str, Any] = {"rank": 0, "num_ranks": 1}
         if num_batches:
             order = self._job.curriculum(self._storage)
@@ -230,7 +234,9 @@ class _Loop:
         else:
             order = self._job.last_stage(self._storage, self._job.shard_ids)
             batches = _one_epoch(self._clips_of(order, **alone))
-        return measure_normaliser(self._trainer.average, (batch.frames for batch in batches))
+        # Clip by clip: a whole global batch need not fit one device.
+        clips = (batch.frames[place : place + 1] for batch in batches for place in range(len(batch.frames)))
+        return measure_normaliser(self._trainer.average, clips)
 
     def _open_watch(self) -> Watch:
         command, job = self._job.command, self._job

@@ -27,6 +27,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.prepare import decode_limits
+from jobs.ray_engine import cluster_resource
 from jobs.train_loop import TrainJob
 from pipeline.errors import JobError
 from pipeline.storage import Storage, open_storage
@@ -39,13 +40,14 @@ def train_on_ray(job: TrainJob) -> None:
     """Train on as many ranks as the flags say, until the job is done.
 
     Raises:
-        JobError: the ranks failed more often than the flags allow.
+        JobError: the cluster has no room for them, or the ranks failed more often than the flags allow.
     """
     engine = job.command.engine
     on_gpu = job.device == "cuda"
     quiet: dict[str, Any] = {
         "logging_config": LoggingConfig(log_level="WARNING")
     }  # the types are of an older RunConfig
+    _require_room(job)
     storage = open_storage(job.run_url)
     storage.delete(_STOPPED)
     trainer = TorchTrainer(
@@ -74,6 +76,18 @@ def train_on_ray(job: TrainJob) -> None:
             f"from the last checkpoint: {error}"
         ) from error
     _raise_what_stopped(storage)
+
+
+def _require_room(job: TrainJob) -> None:
+    """Ray would wait for it without a word."""
+    engine, cpus = job.command.engine, cluster_resource("CPU")
+    if cpus < engine.workers * engine.threads + 1:
+        raise JobError(
+            f"the cluster has {cpus:g} CPUs: --workers {engine.workers} with --threads {engine.threads} each leave "
+            "none to decode with; lower --threads or --workers"
+        )
+    if job.device == "cuda" and cluster_resource("GPU") < engine.workers:
+        raise JobError(f"--workers {engine.workers} need a GPU each, the cluster has {cluster_resource('GPU'):g}")
 
 
 def _raise_what_stopped(storage: Storage) -> None:

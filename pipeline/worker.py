@@ -28,6 +28,7 @@ from typing import Any
 
 from models.spec import VideoEncoder
 from models.streamed import default_chunk_frames
+from pipeline.buckets import Bucket
 from pipeline.byte_window import ByteWindow
 from pipeline.clip_streams import ClipStreams, StreamPlan
 from pipeline.commit import RowResult, commit
@@ -96,6 +97,7 @@ class EncodeWorker:
         self._blocked_seconds = 0.0
         self._timer = EncoderTimer()
         self._streams = ClipStreams(decoders, self._window, self._end)
+        self._streamed: Bucket | None = None  # whose clips are under way
         self._threads = [
             self._start("feed", self._feed, self._submitted, self._decoding),
             self._start("encode", self._encode, self._decoding, self._encoded),
@@ -175,6 +177,9 @@ class EncodeWorker:
             self._feed_windows(job)
 
     def _feed_pieces(self, job: UnitJob) -> None:
+        if self._streamed != job.unit.bucket:  # pieces of one plan fit beside each other, those of two need not
+            self._streams.wait()
+            self._streamed = job.unit.bucket
         if not self._streams.active:
             self._window.wait_until_empty()
         recipe = self._plan.recipe

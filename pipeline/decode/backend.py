@@ -178,17 +178,16 @@ def decode_pieces(
     """The one window of a request as consecutive clips of `piece_frames` frames (the last one may be shorter).
 
     Together they are what `decode_windows` gives. Each is decoded when it is asked for, into `out` (uint8 T H W 3, at
-    least a piece) when given, which the next piece then overwrites. "auto" is the first back end in its order.
+    least a piece) when given, which the next piece then overwrites. "auto" goes by the file alone: the first back end
+    in its order, or the one that opens an animated WebP.
 
     Raises:
         DecodeError: the rest of the window cannot be decoded; pieces that came before are good.
         ValueError: the request has not exactly one window.
         ShardError, UnitError, MemoryError: as `decode_windows`.
     """
-    from pipeline.decode.choice import backend_names
-
     (window,) = request.windows
-    backend = choose_backend(request.source, next(backend_names(request.source, request.decoder, limits)))
+    backend = _backend_of_pieces(request, limits)
     pieces = iter(pieces_of(window, piece_frames))
     filling = _piece(request, next(pieces), out)
     for frame, start, stop in _spans(request, backend, limits):
@@ -201,6 +200,17 @@ def decode_pieces(
                 return
             filling = _piece(request, following, out)
     raise _past_end(request, window)
+
+
+def _backend_of_pieces(request: DecodeRequest, limits: DecodeLimits) -> Backend:
+    """No second one is tried: a stream that is taken up again in its middle must come from the same one."""
+    from pipeline.decode.animation import is_webp
+    from pipeline.decode.choice import FOR_WEBP, backend_names
+
+    source = request.source
+    if request.decoder == "auto" and source.kind == "video" and is_webp(source):
+        return choose_backend(source, FOR_WEBP)
+    return choose_backend(source, next(backend_names(source, request.decoder, limits)))
 
 
 def pieces_of(window: Window, piece_frames: int) -> Iterator[Window]:

@@ -90,6 +90,7 @@ class Answers:
     def _outcomes(self, request: DecodeRequest, message: Json) -> Sequence[DecodeOutcome]:
         frames, stop = self._arena.frames(request), message.get("stream_stop")
         if stop is None:
+            self._stream = None  # nobody asked for its rest
             return decode_windows(request, self._limits, frames)
         stream, self._stream = self._stream, None
         if stream is None or not stream.goes_on(request, stop):

@@ -85,6 +85,18 @@ def test_training_that_ends_before_the_adversary_starts_says_so(
     assert ("adversary" in captured.err) == (kind == "vq_gan")
 
 
+def test_a_frozen_encoder_must_be_one_that_was_trained(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(shards, tmp_path / "model", "--freeze-encoder", "--steps", "1") == 2
+    assert "--freeze-encoder needs --initial" in capsys.readouterr().err
+
+
+def test_a_refused_flag_binds_nobody(shards: str, tmp_path: Path) -> None:
+    assert train(shards, tmp_path / "model", "--frames", "1001", "--steps", "1") == 2
+    assert not (tmp_path / "model.run/train.json").exists()
+
+
 def test_stages_then_a_frozen_encoder_from_the_weights_there_are(shards: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(shards, first, "--stages", "2 sizes=16x16 batch_size=4", "2 sizes=32x32 frames=1,5") == 0
@@ -92,7 +104,8 @@ def test_stages_then_a_frozen_encoder_from_the_weights_there_are(shards: str, tm
     taught = ["--kind", "vq_gan", "--kind-options", "bottleneck.name=kl", "adversary.start_step=1"]
     small = ["adversary.channels=8", "adversary.depth=1"]
     assert train(shards, second, *taught, *small, "--initial", str(first), "--freeze-encoder", "--steps", "3") == 0
-    (before, _), (after, _) = load_checkpoint(first), load_checkpoint(second)
+    (before, was), (after, found) = load_checkpoint(first), load_checkpoint(second)
+    assert found.normaliser == was.normaliser
     clip = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     latent = before.encode(clip).mean
     assert torch.equal(after.encode(clip).mean, latent)

@@ -28,6 +28,16 @@ class TestWhatIsKept:
         assert sorted(Checkpoints(LocalStorage(tmp_path)).scores) == [4, 7]
         assert not list(tmp_path.glob("checkpoints/00000003/*"))
 
+    def test_large_ones_lie_in_several_parts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("jobs.train_checkpoints._PART_BYTES", 100)
+        tensors = {f"model.{number}": torch.full((15,), float(number)) for number in range(4)}
+        checkpoints = Checkpoints(LocalStorage(tmp_path))
+        checkpoints.commit(Position(1, LoaderState(1), 1.0, None), tensors)
+        parts = [path.name for path in sorted(tmp_path.glob("checkpoints/00000001/*.safetensors"))]
+        assert parts == [f"model{part}.safetensors" for part in ("-1", "-2", "-3", "")]
+        found = checkpoints.load(1)[1]
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
     def test_one_without_its_document_is_none(self, tmp_path: Path) -> None:
         storage = LocalStorage(tmp_path)
         checkpoints = Checkpoints(storage)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.decode.backend import decode_windows, probe_media
+from pipeline.decode.backend import decode_pieces, decode_windows, probe_media
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, MediaSource, Window
 from pipeline.errors import DecodeError, ShardError
@@ -159,6 +159,9 @@ def test_an_animated_webp_is_a_video_and_a_still_one_is_none(tmp_path):
     early, late, beyond = decode(source, (2, 3), (11, 1), (11, 2))
     assert [read_number(frame) for frame in (*early.frames, *late.frames)] == [2, 3, 4, 11]
     assert beyond.reason == "past_end"
+    whole = DecodeRequest(source, Grid(), (Window(1, 7),), ClipShape(64, 64))
+    pieces = [read_number(frame) for piece in decode_pieces(whole, LIMITS, 3) for frame in piece.frames]
+    assert pieces == [1, 2, 3, 4, 5, 6, 7]
     assert probe_reason(source, dataclasses.replace(LIMITS, max_frames=11)) == "too_large"
     assert probe_reason(stored(tmp_path, numbered_image(format="webp"))) == "not_media"
     assert probe_reason(stored(tmp_path, moving[: len(moving) // 2])) in {"decode_error", "not_media"}
