@@ -53,7 +53,7 @@ def run_train(command: Train) -> int:
     held_out = index_shards(storage, command.checkpoints.held_out, command.engine)
     job = _make_job(command, storage, stages, (steps, seconds), shards, held_out)
     _check_shards(job, storage)
-    require_same_flags(storage, _flags_that_count(command, shards, steps, seconds))
+    require_same_flags(storage, _flags_that_count(command, shards, held_out, steps, seconds))
     _run(job)
     _export(job, storage)
     return 0
@@ -107,19 +107,26 @@ def _check_ranks(command: Train, stages: Sequence[Stage]) -> None:
 
 
 def _flags_that_count(
-    command: Train, shards: Sequence[ShardRef], steps: int | None, seconds: float | None
+    command: Train,
+    shards: Sequence[ShardRef],
+    held_out: Sequence[ShardRef],
+    steps: int | None,
+    seconds: float | None,
 ) -> dict[str, Any]:
-    """By name, everything that a step depends on. What a path names is there by its content."""
+    """By name, everything that a step, or which checkpoint is best, depends on. A path is there by its content."""
     flags: dict[str, Any] = {}
     for name, value in dataclasses.asdict(command).items():
         if name not in _FREE:
             flags |= value if isinstance(value, dict) else {name: value}
     if command.model.initial is not None:
         flags["initial"] = _fingerprint(command.model.initial)
-    identity = "\n".join(sorted(shard.shard_id for shard in shards))
-    flags |= {"steps": steps, "seconds": seconds}
-    flags["SHARDS"] = f"{len(shards)} with hash {hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    flags |= {"steps": steps, "seconds": seconds, "held_out": _identity(held_out), "SHARDS": _identity(shards)}
     return {name if name == "SHARDS" else f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+
+
+def _identity(shards: Sequence[ShardRef]) -> str:
+    names = "\n".join(sorted(shard.shard_id for shard in shards))
+    return f"{len(shards)} with hash {hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
 def _fingerprint(directory: Path) -> str:

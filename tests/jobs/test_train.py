@@ -203,6 +203,8 @@ class TestRefused:
         fewer = str(Path(shards).with_name("shard-000.tar"))
         assert train(fewer, tmp_path / "two", "--steps", "1", *run) == 1
         assert 'SHARDS: it began with "2 with hash' in self.err(capsys)
+        assert train(shards, tmp_path / "two", "--steps", "1", *run, "--held-out", fewer) == 1
+        assert '--held-out: it began with "0 with hash' in self.err(capsys)
 
     def test_initial_weights_of_another_model(
         self, shards: str, vae_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
