@@ -81,7 +81,10 @@ def test_it_passes_every_check_before_the_first_step(
     monkeypatch.setattr(jobs.train, "index_shards", index_shards)
     monkeypatch.setattr(jobs.train, "_run", reached.append)
     monkeypatch.setattr(jobs.train, "_export", lambda *_: None)
+    monkeypatch.setattr(jobs.train, "_fingerprint", str)
     line = ["train", "a.tar", "--output", str(tmp_path / "model"), "--config", str(path)]
+    if command_of(path).settings.freeze_encoder:
+        line += ["--initial", "the_model_before"]
     assert main([*line, "--local", "--workers", "1", "--device", "cpu"]) == 0
     assert len(reached) == 1
     # What only its own ranks can break is checked before the tars are looked for.
