@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.bench_about import about, rotated
 from jobs.bench_config import BenchDecode
 from jobs.bench_decode_child import request_of
 from jobs.bench_decode_report import to_markdown
@@ -54,7 +53,7 @@ def run_bench_decode(command: BenchDecode) -> int:
     videos = Path(tempfile.gettempdir()) / "latentmill-bench"
     videos.mkdir(exist_ok=True)
     result = {
-        "about": _about(command),
+        "about": about("decode", _LIBRARIES, repetitions=command.repetitions, frames=command.frames),
         "rows": [_row(command, videos, *case) for case in _cases(command)],
         "long": _long(command, videos),
         "memory": _memory(command, videos),
@@ -66,29 +65,6 @@ def run_bench_decode(command: BenchDecode) -> int:
     (command.output / f"{name}.md").write_text(text)
     print(text)
     return 0
-
-
-def _about(command: BenchDecode) -> Json:
-    import importlib.metadata
-
-    versions = {"python": platform.python_version()}
-    for library in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
-    return {
-        "command": "latentmill bench decode " + " ".join(sys.argv[3:]),
-        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
-        "versions": versions,
-        "repetitions": command.repetitions,
-        "frames": command.frames,
-    }
-
-
-def cpu_name() -> str:
-    """What /proc/cpuinfo calls this processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _cases(command: BenchDecode) -> Iterator[tuple[str, int, str, Windows]]:
@@ -132,13 +108,6 @@ def measured(
             for number in range(warm_up + repetitions)
         ]
     return {method: _summary([turn[method] for turn in rounds[warm_up:]]) for method in methods}
-
-
-def rotated(methods: Sequence[str], number: int) -> Sequence[str]:
-    """The order of a round: each method comes first once in a while, and follows each of its neighbours."""
-    first = number % len(methods)
-    order = [*methods[first:], *methods[:first]]
-    return order if number // len(methods) % 2 == 0 else order[::-1]
 
 
 def _summary(samples: Sequence[Json]) -> Json:

@@ -15,21 +15,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.bench_about import about, rotated
 from jobs.bench_config import BenchEncode
-from jobs.bench_decode import cpu_name, rotated
 from jobs.bench_encode_report import to_markdown
 from jobs.bench_encode_runs import Job, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
 from jobs.bench_encode_sets import REAL, SETS, SLEEPING, write_tars
@@ -73,31 +69,15 @@ def _held_to(cores: int) -> Iterator[None]:
 
 
 def _about(command: BenchEncode) -> Json:
-    versions = {"python": platform.python_version()}
-    for library in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
-    return {
-        "command": "latentmill bench encode " + " ".join(sys.argv[3:]),
-        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
-        "commit": _commit(),
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
-        "versions": versions,
-        "repetitions": command.repetitions,
-        "cores": command.cores,
-        "decode_workers": command.decode_workers,
-        "encode_threads": command.encode_threads,
-        "seconds_per_set": command.seconds_per_set,
-    }
-
-
-def _commit() -> str:
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    root = Path(__file__).resolve().parents[1]
-    argv = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return about(
+        "encode",
+        _LIBRARIES,
+        repetitions=command.repetitions,
+        cores=command.cores,
+        decode_workers=command.decode_workers,
+        encode_threads=command.encode_threads,
+        seconds_per_set=command.seconds_per_set,
+    )
 
 
 def _case(command: BenchEncode, case: str, videos: Path, scratch: Path) -> Json:

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from jobs.bench_about import about
 from jobs.bench_config import BenchModel
-from jobs.bench_decode import cpu_name
 from jobs.encode import choose_device
 from models.config import PRESETS
 from models.pretrained import real_configs
@@ -42,15 +40,15 @@ def run_bench_model(command: BenchModel) -> int:
     if not command.output.is_dir():
         raise UsageError(f"--output {command.output} is no directory: make it first")
     device = choose_device(command.device)
-    rows = [
+    result: Json = {"about": _about(command, device)}
+    result["rows"] = [
         _row(command, device, model, how, compiled, dtype)
         for model in command.models or known
         for dtype in command.dtypes
         for how in ("plain", "streamed")
         for compiled in ((False, True) if command.compile else (False,))
     ]
-    lengths = [_length(command, device, frames) for frames in _LENGTHS]
-    result = {"about": _about(command, device), "rows": rows, "lengths": lengths}
+    result["lengths"] = [_length(command, device, frames) for frames in _LENGTHS]
     text = "\n".join(to_markdown(result)) + "\n"
     name = f"model_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}"
     (command.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -97,27 +95,23 @@ def _measured(command: BenchModel, device: str, spec: Json, frames: int, size: i
 
 
 def _about(command: BenchModel, device: str) -> Json:
-    return {
-        "command": "latentmill bench model " + " ".join(sys.argv[3:]),
-        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end; on {device}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
-        },
-        "repetitions": command.repetitions,
-        "threads": command.threads,
-        "clip": f"{command.frames}x{command.size}x{command.size} (or the nearest on a model's grid)",
-    }
+    told = about(
+        "model",
+        ("torch", "diffusers"),
+        repetitions=command.repetitions,
+        threads=command.threads,
+        clip=f"{command.frames}x{command.size}x{command.size} (or the nearest on a model's grid)",
+    )
+    return {**told, "hardware": f"{told['hardware']}; on {device}"}
 
 
 def to_markdown(result: Json) -> Iterator[str]:
     """The whole page."""
-    about = result["about"]
-    yield from ("# Model benchmark", "", f"- command: `{about['command']}`", f"- date: {about['date']}")
-    yield f"- hardware: {about['hardware']}; {about['threads']} threads"
-    yield f"- versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
-    yield f"- one clip of {about['clip']}, random weights; medians of {about['repetitions']} after a warm-up"
+    told = result["about"]
+    yield from ("# Model benchmark", "", f"- command: `{told['command']}`", f"- date: {told['date']}")
+    yield f"- hardware: {told['hardware']}; {told['threads']} threads"
+    yield f"- versions: {', '.join(f'{name} {version}' for name, version in told['versions'].items())}"
+    yield f"- one clip of {told['clip']}, random weights; medians of {told['repetitions']} after a warm-up"
     yield "- plain: the model's own call on the whole clip; streamed: canonical chunks of at least 8 frames"
     yield "- share: of the rate of a large matrix product in the same process, a moment later: rough on a busy machine"
     yield ""

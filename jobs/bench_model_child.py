@@ -173,6 +173,7 @@ def main() -> None:
     os.dup2(2, 1)  # libraries may print
     try:
         result = measure(json.load(sys.stdin))
+    # What a released class, a dtype or torch.compile raises where it cannot: a row of the table that says so.
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         result = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
     print(json.dumps(result), file=reply, flush=True)

@@ -10,18 +10,15 @@ Errors: UsageError when the output is no directory or an encoder is not known; R
 from __future__ import annotations
 
 import datetime as dt
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from jobs.bench_about import about
 from jobs.bench_config import TINY_VAE, BenchScale
-from jobs.bench_decode import cpu_name
 from jobs.bench_scale_jobs import Bench, measure_memory, measure_starts
 from jobs.bench_scale_report import to_markdown
 from jobs.rehearsal import describe_rehearsal, is_rehearsal
@@ -38,7 +35,7 @@ def run_bench_scale(command: BenchScale) -> int:
     videos.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="lm-scale-") as scratch:  # short: Ray's sockets lie in it
         bench = Bench(command, videos, Path(scratch))
-        result = {"about": _about(command), **_measured(bench)}
+        result = {"about": about("scale", _LIBRARIES, repetitions=command.repetitions), **_measured(bench)}
     name = f"scale_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}"
     text = to_markdown(result)
     (command.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -55,29 +52,6 @@ def _check(command: BenchScale) -> None:
             describe_rehearsal(encoder)
         elif encoder != TINY_VAE:
             raise UsageError(f"--encoders {encoder}: use rehearsal:TxHxWxC@MEGAPIXELS or {TINY_VAE}")
-
-
-def _about(command: BenchScale) -> Json:
-    return {
-        "command": "latentmill bench scale " + " ".join(sys.argv[3:]),
-        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
-        "commit": commit(),
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
-        "versions": {
-            "python": platform.python_version(),
-            **{library: importlib.metadata.version(library) for library in _LIBRARIES},
-        },
-        "repetitions": command.repetitions,
-    }
-
-
-def commit() -> str:
-    """The code's commit, where it runs from a checkout."""
-    argv = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _measured(bench: Bench) -> dict[str, list[Json]]:

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
-import os
-import platform
 import subprocess
 import sys
 import tarfile
@@ -30,8 +27,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jobs.bench_about import about, rotated
 from jobs.bench_config import BenchTrain
-from jobs.bench_decode import cpu_name, rotated
 from jobs.bench_train_child import LOADERS, Measurement, StepName, count_products, make_curriculum
 from jobs.bench_train_report import to_markdown
 from jobs.bench_videos import texture_video
@@ -53,10 +50,10 @@ def run_bench_train(command: BenchTrain) -> int:
         raise UsageError("bench train compares with webdataset, which is not installed: `pip install webdataset`")
     if not command.output.is_dir():
         raise UsageError(f"--output {command.output} is no directory: make it first")
+    result: Json = {"about": _about(command)}
     with tempfile.TemporaryDirectory(prefix="latentmill-bench-") as scratch:
         asked = _prepare(command, Path(scratch))
-        rounds = [_round(asked, number) for number in range(command.repetitions)]
-    result = {"about": _about(command), "rounds": rounds}
+        result["rounds"] = [_round(asked, number) for number in range(command.repetitions)]
     text = to_markdown(result)
     name = f"train_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}"
     (command.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -163,18 +160,13 @@ def _measured(asked: Measurement) -> Json:
 
 def _about(command: BenchTrain) -> Json:
     videos = "given" if command.shards else f"generated H.264 of {command.video_height}p, {command.video_frames} frames"
-    return {
-        "command": "latentmill bench train " + " ".join(sys.argv[3:]),
-        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("av", "torch", "webdataset")},
-        },
-        "repetitions": command.repetitions,
-        "steps": command.steps,
-        "step_seconds": command.step_seconds,
-        "threads": command.threads,
-        "workers": command.decode_workers,
-        "clips": f"{command.frames}x{command.size}x{command.size}, {command.batch_size} a batch, of videos {videos}",
-    }
+    return about(
+        "train",
+        ("av", "torch", "webdataset"),
+        repetitions=command.repetitions,
+        steps=command.steps,
+        step_seconds=command.step_seconds,
+        threads=command.threads,
+        workers=command.decode_workers,
+        clips=f"{command.frames}x{command.size}x{command.size}, {command.batch_size} a batch, of videos {videos}",
+    )

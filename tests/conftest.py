@@ -33,6 +33,14 @@ def vae_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def same_threads_afterwards() -> Iterator[None]:
+    """For tests of commands that set the number of threads of this process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One cluster on this machine for all tests that do not kill it."""

@@ -1,4 +1,4 @@
-"""Generated clips that a model can learn in seconds: a disc and a box drift over a shaded ground."""
+"""Generated clips that a model can learn in seconds: a disc and a box, or a square, over a ground."""
 
 from collections.abc import Iterator
 
@@ -18,6 +18,26 @@ def moving_shapes(seed: int = 0, batch: int = 4, frames: int = 5, side: int = 32
 def shapes_pixels(seed: int = 0, batch: int = 4, frames: int = 5, side: int = 32) -> Tensor:
     """One batch as a model sees it, B 3 T H W in [-1, 1]."""
     return to_pixels(next(moving_shapes(seed, batch, frames, side)), "cpu")
+
+
+def moving_squares(seed: int = 0) -> Iterator[Tensor]:
+    """Endless batches of uint8 clips, 2 x 5 x 16 x 16 x 3: a coloured square moves over a plain ground."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        frames = torch.empty(2, 5, 16, 16, 3, dtype=torch.uint8)
+        for clip in frames:
+            ground, colour = torch.randint(0, 256, (2, 3), generator=generator, dtype=torch.uint8)
+            top, left = torch.randint(0, 8, (2,), generator=generator).tolist()
+            clip[:] = ground
+            for t in range(5):
+                clip[t, top : top + 6, left + t // 2 : left + t // 2 + 6] = colour
+        yield frames
+
+
+def squares_pixels(seed: int = 0) -> Iterator[Tensor]:
+    """The same as a model sees them, 2 x 3 x 5 x 16 x 16 in [-1, 1]."""
+    for frames in moving_squares(seed):
+        yield to_pixels(frames, "cpu")
 
 
 def _clip(generator: torch.Generator, frames: int, side: int) -> Tensor:

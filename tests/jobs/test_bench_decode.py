@@ -9,7 +9,7 @@ import pytest
 
 from jobs import bench_decode
 from jobs.__main__ import main
-from jobs.bench_decode import rotated
+from jobs.bench_about import rotated
 from jobs.bench_decode_child import measure
 from jobs.bench_decode_report import Goal, Spread, against, goals, to_markdown
 

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,11 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--local", "--threads", "1", "--decode-workers", "1", "--frames", "5", "--sizes", "16x16", "--batch-size", "2"]
 
 
-@pytest.fixture(autouse=True)
-def same_threads_afterwards() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("same_threads_afterwards")
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from models.config import BackboneConfig, Pyramid
 from models.discriminators import PatchDiscriminator
 from models.kinds.registry import kind_class
 from models.kinds.vq_gan import VqGan
-from models.pixels import to_pixels
 from models.train_settings import TrainSettings
 from models.trainer import Trainer
 from models.training import random_objective
+from tests.moving_shapes import squares_pixels
 
 BACKBONE = BackboneConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 16), 1), latent_channels=4)
 SMALL = AdversarySettings(channels=8, depth=2, start_step=0)
@@ -45,20 +45,6 @@ def discriminator(dimensions, depth=2):
 
 def random_pixels(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def moving_squares(seed=0):
-    """Endless batches of pixels, 2 x 3 x 5 x 16 x 16: a coloured square moves over a plain ground."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        frames = torch.empty(2, 5, 16, 16, 3, dtype=torch.uint8)
-        for clip in frames:
-            ground, colour = torch.randint(0, 256, (2, 3), generator=generator, dtype=torch.uint8)
-            top, left = torch.randint(0, 8, (2,), generator=generator).tolist()
-            clip[:] = ground
-            for t in range(5):
-                clip[t, top : top + 6, left + t // 2 : left + t // 2 + 6] = colour
-        yield to_pixels(frames, "cpu")
 
 
 def test_hinge_losses_by_hand():
@@ -226,14 +212,14 @@ def test_the_generator_does_not_learn_the_adversary():
     assert judges
     assert not learned & judges
     assert not any("discriminator" in name for name in objective.model.state_dict())
-    terms = objective.train()(next(moving_squares()))
+    terms = objective.train()(next(squares_pixels()))
     terms.loss.backward()
     assert all(weight.grad is None for weight in objective.adversary.parameters())
     assert {"l1", "commitment", "generator", "adaptive_weight"} <= terms.values.keys()
 
 
 def test_the_generators_term_is_part_of_the_loss():
-    pixels, terms = next(moving_squares()), []
+    pixels, terms = next(squares_pixels()), []
     for start_step in (0, 1):
         kind = VqGan(bottleneck=Kl(), adversary=settings(start_step=start_step, weight=0.3))
         objective = random_objective(kind, BACKBONE, seed=0)
@@ -246,7 +232,7 @@ def test_the_generators_term_is_part_of_the_loss():
 def test_an_objective_can_be_evaluated_without_gradients():
     objective = random_objective(VqGan(bottleneck=Kl(), adversary=SMALL), BACKBONE, seed=0).eval()
     with torch.no_grad():
-        terms = objective(next(moving_squares()))
+        terms = objective(next(squares_pixels()))
     assert terms.values["adaptive_weight"] == 1
     assert not terms.loss.requires_grad
 
@@ -260,7 +246,7 @@ def test_training_with_an_adversary(bottleneck, dimensions, loss):
     kind = VqGan(bottleneck=bottleneck, adversary=settings(discriminator=dimensions, loss=loss, start_step=20))
     objective = random_objective(kind, BACKBONE, seed=0)
     start = [weight.clone() for weight in objective.adversary.parameters()]
-    trainer, batches = Trainer(objective, QUICK), moving_squares()
+    trainer, batches = Trainer(objective, QUICK), squares_pixels()
     losses = [trainer.train_step(next(batches)) for _ in range(20)]
     assert not any({"discriminator", "generator"} & step.keys() for step in losses)
     assert all(torch.equal(*pair) for pair in zip(start, objective.adversary.parameters(), strict=True))
@@ -277,7 +263,7 @@ def test_training_with_an_adversary(bottleneck, dimensions, loss):
 def test_a_discriminator_learns_to_tell_blurred_clips(dimensions, loss):
     judge = adversary(discriminator=dimensions, loss=loss)
     optimiser = torch.optim.AdamW(judge.parameters(), lr=2e-3, betas=(0.5, 0.9))
-    batches, losses = moving_squares(), []
+    batches, losses = squares_pixels(), []
     for _ in range(250):
         pixels = next(batches)
         terms = judge.discriminator_terms(pixels, nn.functional.avg_pool3d(pixels, (1, 3, 3), 1, (0, 1, 1)), step=0)
@@ -291,12 +277,12 @@ def test_a_discriminator_learns_to_tell_blurred_clips(dimensions, loss):
 
 def test_with_a_frozen_encoder_stored_latents_stay_valid():
     objective = random_objective(VqGan(bottleneck=Vq(codebook_size=32), adversary=SMALL), BACKBONE, seed=0)
-    objective.train()(next(moving_squares()))  # places the codes
-    pixels = next(moving_squares(seed=5))
+    objective.train()(next(squares_pixels()))  # places the codes
+    pixels = next(squares_pixels(seed=5))
     model = objective.model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     latent = model.encode(pixels).mean
-    trainer, batches = Trainer(objective, TrainSettings(freeze_encoder=True)), moving_squares()
+    trainer, batches = Trainer(objective, TrainSettings(freeze_encoder=True)), squares_pixels()
     losses = [trainer.train_step(next(batches)) for _ in range(3)]
     assert all("discriminator" in step for step in losses)
     for learned in (trainer.model, trainer.average):

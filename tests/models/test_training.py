@@ -13,23 +13,10 @@ from models.pixels import to_frames, to_pixels
 from models.spec import GeometryError
 from models.train_settings import TrainSettings
 from models.training import measure_normaliser, train
+from tests.moving_shapes import moving_squares
 
 BACKBONE = BackboneConfig(2, ((2, 2),), Pyramid((8, 16), 1), Pyramid((8, 16), 1), latent_channels=4)
 QUICK = TrainSettings(learning_rate=2e-3, warmup_steps=5)
-
-
-def moving_squares(seed=0):
-    """Endless batches, 2 x 5 x 16 x 16 x 3: a coloured square moves over a plain ground."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        frames = torch.empty(2, 5, 16, 16, 3, dtype=torch.uint8)
-        for clip in frames:
-            ground, colour = torch.randint(0, 256, (2, 3), generator=generator, dtype=torch.uint8)
-            top, left = torch.randint(0, 8, (2,), generator=generator).tolist()
-            clip[:] = ground
-            for t in range(5):
-                clip[t, top : top + 6, left + t // 2 : left + t // 2 + 6] = colour
-        yield frames
 
 
 def test_the_loss_falls_below_six_tenths_in_sixty_steps():

@@ -18,6 +18,7 @@ from models.spec import GeometryError, Normaliser
 from models.train_settings import TrainSettings
 from models.training import random_objective, train
 from models.two_level import TwoLevelAutoencoder
+from tests.moving_shapes import moving_squares
 
 STREAM_TOLERANCE_STD = 1e-5
 
@@ -302,20 +303,6 @@ def test_the_kind_fits_every_preset():
             assert config.geometry.channels == 9 * backbone.latent_channels
             assert config.geometry.spatial_stride == 2 * backbone.geometry.spatial_stride
     assert VqVae2(top_latent_channels=3).model_config(BACKBONE).top.latent_channels == 3
-
-
-def moving_squares(seed=0):
-    """Endless batches, 2 x 5 x 16 x 16 x 3: a coloured square moves over a plain ground."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        frames = torch.empty(2, 5, 16, 16, 3, dtype=torch.uint8)
-        for clip in frames:
-            ground, colour = torch.randint(0, 256, (2, 3), generator=generator, dtype=torch.uint8)
-            top, left = torch.randint(0, 8, (2,), generator=generator).tolist()
-            clip[:] = ground
-            for t in range(5):
-                clip[t, top : top + 6, left + t // 2 : left + t // 2 + 6] = colour
-        yield frames
 
 
 def test_it_learns_and_both_levels_carry_information():

@@ -264,6 +264,30 @@ def test_a_unit_error_in_a_stream_fails_its_unit_and_gives_the_window_back(make:
     assert not setup.storage.exists(unit_name(setup.units[2]))
 
 
+def test_streams_of_two_buckets_are_never_under_way_together(make: Callable[..., Setup]) -> None:
+    """Pieces of one plan fit the window beside each other; those of another, larger one could wait for ever."""
+    under_way: list[int] = []
+    together: set[tuple[int, ...]] = set()
+
+    class Watched(FakeDecoders):
+        def stream(self, request: DecodeRequest, piece_frames: int):  # type: ignore[no-untyped-def]
+            length = request.windows[0].num_frames
+            under_way.append(length)
+            try:  # the worker closes a stream after its last piece
+                for piece in super().stream(request, piece_frames):
+                    together.add(tuple(sorted(set(under_way))))
+                    time.sleep(0.005)
+                    yield piece
+            finally:
+                under_way.remove(length)
+
+    all_stream = film_recipe(stream_mb=30 * 32 * 32 * 3 / 2**20, unit_rows=2)
+    setup = make(Watched(), recipe=all_stream, videos=FILMS)
+    futures = [setup.worker.submit(unit) for unit in setup.units]
+    assert [future.exception(10) for future in futures] == [None] * len(futures)
+    assert together == {(41,), (81,)}
+
+
 def test_an_unexpected_exception_in_a_stream_is_fatal(make: Callable[..., Setup]) -> None:
     decoders = BreakingStreams(ZeroDivisionError("a bug in decoders"))
     setup = make(decoders, recipe=film_recipe(unit_rows=2), window_bytes=100_000, videos=FILMS)
