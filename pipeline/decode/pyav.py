@@ -39,6 +39,11 @@ class PyAVBackend:
     name = "pyav"
 
     def probe(self, source: MediaSource, limits: DecodeLimits) -> MediaInfo:
+        with open_video(source, limits, header_only=True) as video:
+            if not video.is_indexed:
+                return _probe(video, limits)
+            if frame := _first_decoded(video):
+                return _indexed_info(video, frame)
         with open_video(source, limits) as video:
             return _probe(video, limits)
 
@@ -164,6 +169,20 @@ def _fitter(video: OpenVideo, frame: av.VideoFrame, shape: ClipShape, limits: De
         raise damage(video.source, "too_large", str(error)) from error
 
 
+def _first_decoded(video: OpenVideo) -> av.VideoFrame | None:
+    """What the first packet shows, if the decoder needs no other: it is not waited for frames to be put before it."""
+    decoder = video.stream.codec_context
+    decoder.options = {"skip_loop_filter": "all"}  # its pixels do not matter
+    packet = next(iter(video.container.demux(video.stream)))
+    frames = packet.decode() or (decoder.decode(None) if packet.size else [])
+    return frames[0] if frames else None
+
+
+def _indexed_info(video: OpenVideo, frame: av.VideoFrame) -> MediaInfo:
+    num_frames = sum(not entry.is_discard for entry in video.stream.index_entries)
+    return _media_info(video, frame, num_frames, float((video.stream.duration or 0) * video.tick_seconds))
+
+
 def _probe(video: OpenVideo, limits: DecodeLimits) -> MediaInfo:
     tally = _Tally(video)
     frame = None
@@ -178,8 +197,7 @@ def _probe(video: OpenVideo, limits: DecodeLimits) -> MediaInfo:
     if frame is None:
         raise damage(video.source, "decode_error", "no frame can be decoded")
     if video.is_indexed:
-        tally.num_frames = sum(not entry.is_discard for entry in video.stream.index_entries)
-        return _media_info(video, frame, tally.num_frames, float((video.stream.duration or 0) * video.tick_seconds))
+        return _indexed_info(video, frame)
     return _media_info(video, frame, tally.num_frames, tally.seconds)
 
 
