@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
-from jobs.bench_config import BenchDecode, BenchEncode, BenchModel, BenchScale, BenchTrain
-from jobs.compare_config import Compare
-from jobs.evaluate_config import Evaluate
+from jobs.bench.config import BenchDecode, BenchEncode, BenchModel, BenchScale, BenchTrain
+from jobs.compare.config import Compare
+from jobs.evaluate.config import Evaluate
 from jobs.flags import ConfigFile
 from jobs.generate_config import Interpolate, Sample, Synthesize
 from jobs.store_config import Encode, Index, PlanCommand, Reconstruct, Status, Verify
-from jobs.train_config import Train, TrainPrior
+from jobs.train.config import Train, TrainPrior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +37,16 @@ COMMANDS = {
     "reconstruct": Command(Reconstruct, "jobs.inspect_store:run_reconstruct"),
     "sample": Command(Sample, "jobs.generate:run_sample"),
     "interpolate": Command(Interpolate, "jobs.generate:run_interpolate"),
-    "train": Command(Train, "jobs.train:run_train"),
-    "evaluate": Command(Evaluate, "jobs.evaluate:run_evaluate"),
-    "compare": Command(Compare, "jobs.compare:run_compare"),
-    "train prior": Command(TrainPrior, "jobs.train_prior:run_train_prior"),
+    "train": Command(Train, "jobs.train.command:run_train"),
+    "evaluate": Command(Evaluate, "jobs.evaluate.command:run_evaluate"),
+    "compare": Command(Compare, "jobs.compare.command:run_compare"),
+    "train prior": Command(TrainPrior, "jobs.train.prior:run_train_prior"),
     "synthesize": Command(Synthesize, "jobs.synthesize:run_synthesize"),
-    "bench decode": Command(BenchDecode, "jobs.bench_decode:run_bench_decode"),
-    "bench encode": Command(BenchEncode, "jobs.bench_encode:run_bench_encode"),
-    "bench model": Command(BenchModel, "jobs.bench_model:run_bench_model"),
-    "bench scale": Command(BenchScale, "jobs.bench_scale:run_bench_scale"),
-    "bench train": Command(BenchTrain, "jobs.bench_train:run_bench_train"),
+    "bench decode": Command(BenchDecode, "jobs.bench.decode:run_bench_decode"),
+    "bench encode": Command(BenchEncode, "jobs.bench.encode:run_bench_encode"),
+    "bench model": Command(BenchModel, "jobs.bench.model:run_bench_model"),
+    "bench scale": Command(BenchScale, "jobs.bench.scale:run_bench_scale"),
+    "bench train": Command(BenchTrain, "jobs.bench.train:run_bench_train"),
 }
 
 

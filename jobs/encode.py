@@ -111,7 +111,7 @@ def _local_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags)
     from pipeline.local import LocalEngine
 
     torch.set_num_threads(flags.encode_threads)
-    with ProcessPool(flags.decode_workers, decode_limits(flags)) as pool:
+    with ProcessPool(flags.decode_processes, decode_limits(flags)) as pool:
         pool.start()  # while the encoder loads
         encoder = open_encoder(source, choose_device(flags.device), plan.recipe.encode.compute_dtype)
         yield LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE)
@@ -119,12 +119,16 @@ def _local_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags)
 
 @contextlib.contextmanager
 def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Iterator[Engine]:
-    from jobs.ray_engine import RayEngine, WorkerSpec, cluster_resource, connect
+    from jobs.ray_cluster import cluster_nodes, cluster_resource, connect, node_share
+    from jobs.ray_engine import RayEngine, WorkerSpec
 
     connect(flags)
     device = flags.device
     if device == "auto":
         device = "cuda" if cluster_resource("GPU") else "cpu"
+    share = node_share(cluster_nodes(), flags, on_gpu=device == "cuda")
+    if share.decode_processes is not None:
+        print(f"encode: decode processes beside each worker: {share.decode_processes}", file=sys.stderr)
     yield RayEngine(
         WorkerSpec(
             store_url=storage.url,
@@ -132,6 +136,7 @@ def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -
             device=device,
             compute_dtype=plan.recipe.encode.compute_dtype,
             encode_threads=flags.encode_threads,
+            share=share,
             window_bytes=flags.window_mb * _MEGABYTE,
             limits=decode_limits(flags),
         ),

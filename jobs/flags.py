@@ -48,15 +48,22 @@ class StoreFlags(ConfigFile):
 class DecodeFlags:
     """How videos are decoded; none of it changes a latent."""
 
-    decode_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
-    """Decode processes with --local; CPUs of the cluster that Ray starts on this machine otherwise."""
+    decode_workers: int = 0
+    """Decode processes of a machine; 0: one for each CPU."""
     decode_timeout_seconds: float = 60.0
     """A video that takes longer is failed as `timeout`; long videos get more, in proportion."""
     decode_memory_mb: int = 4096
     """Address space of a decode process."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "decode_workers", "decode_timeout_seconds", "decode_memory_mb")
+        require_positive(self, "decode_timeout_seconds", "decode_memory_mb")
+        if self.decode_workers < 0:
+            raise UsageError(f"--decode-workers must not be negative, got {self.decode_workers}")
+
+    @property
+    def decode_processes(self) -> int:
+        """Decode processes of this machine."""
+        return self.decode_workers or os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,7 @@ class ClusterFlags(DecodeFlags):
     @property
     def cluster_cpus(self) -> int:
         """CPUs of a cluster that is started on this machine."""
-        return self.decode_workers
+        return self.decode_processes
 
     @property
     def object_store_mb(self) -> int:
@@ -120,6 +127,9 @@ class EngineFlags(TrialFlags, ClusterFlags):
     """Decoded frames that an encode worker may hold or wait for."""
     units_in_flight: int = 3
     """Units leased to a worker at a time."""
+    decode_placement: Literal["worker", "cluster"] = "worker"
+    """With Ray: decode in processes beside each encode worker, which share its node's CPUs (nothing crosses the
+    network), or in tasks on any node (for GPU nodes that have too few CPUs)."""
     unit_timeout_seconds: float = 3600.0
     """A worker that holds units and reports nothing for so long is killed and replaced."""
     progress_seconds: float = 10.0
@@ -130,13 +140,19 @@ class EngineFlags(TrialFlags, ClusterFlags):
         require_positive(self, "window_mb", "units_in_flight", "unit_timeout_seconds", "progress_seconds")
         if self.local and self.workers != 1:
             raise UsageError("--local runs one worker in this process: leave out --workers")
+        if self.local and self.decode_placement != "worker":
+            raise UsageError("--local decodes on this machine: leave out --decode-placement")
+        if self.ray_address and self.decode_placement == "cluster" and self.decode_workers:
+            raise UsageError("with --decode-placement cluster the cluster's CPUs decode: leave out --decode-workers")
 
     @property
     def cluster_cpus(self) -> int:
-        return self.decode_workers + self.workers * self.encode_threads
+        return self.decode_processes + self.workers * self.encode_threads
 
     @property
     def object_store_mb(self) -> int:
+        if self.decode_placement == "worker":
+            return super().object_store_mb
         # Ray keeps the frames of every window, and a little beside them.
         return max(128, self.workers * self.window_mb * 3 // 2)
 

@@ -83,7 +83,7 @@ def _compare(storage: Storage, header: Header, plan: Plan, command: Verify) -> I
 
     encoder = load_store_encoder(header, command.encoder)
     comparisons: list[Comparison] = []
-    with ProcessPool(command.engine.decode_workers, decode_limits(command.engine)) as pool:
+    with ProcessPool(command.engine.decode_processes, decode_limits(command.engine)) as pool:
         for result in compare(storage, plan, encoder, pool, command.share):
             if isinstance(result, str):
                 yield f"{result} (--share 0 verifies without the shards)"
@@ -136,7 +136,7 @@ def run_reconstruct(command: Reconstruct) -> int:
     storage, header, plan = _open(command.store)
     found = find_rows(storage, plan, command.keys, command.window)
     encoder = load_store_encoder(header, command.encoder)
-    with ProcessPool(command.engine.decode_workers, decode_limits(command.engine)) as pool:
+    with ProcessPool(command.engine.decode_processes, decode_limits(command.engine)) as pool:
         for key, (unit, line) in found.items():
             for result in restore(storage, plan, unit, [line], encoder, pool):
                 if isinstance(result, str):

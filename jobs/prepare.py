@@ -74,8 +74,8 @@ def _index_local(storage: Storage, shards: Sequence[ShardRef], flags: ClusterFla
     from pipeline.decode.pool import ProcessPool
 
     with (
-        ProcessPool(flags.decode_workers, decode_limits(flags)) as pool,
-        ThreadPoolExecutor(flags.decode_workers) as threads,
+        ProcessPool(flags.decode_processes, decode_limits(flags)) as pool,
+        ThreadPoolExecutor(flags.decode_processes) as threads,
     ):
 
         def index_one(shard: ShardRef) -> None:
@@ -86,7 +86,8 @@ def _index_local(storage: Storage, shards: Sequence[ShardRef], flags: ClusterFla
 
 
 def _index_on_ray(storage: Storage, shards: Sequence[ShardRef], flags: ClusterFlags) -> None:
-    from jobs.ray_engine import connect, index_on_ray
+    from jobs.ray_cluster import connect
+    from jobs.ray_decode import index_on_ray
 
     connect(flags)
     index_on_ray(storage.url, shards, decode_limits(flags))

@@ -62,11 +62,11 @@ def estimate(storage: Storage, recipe: Recipe, source: str, price: Price, flags:
                 f"probe {bucket.name}: decode {trial.decode_seconds * 1e3:.1f} ms per clip and process, "
                 f"encode {trial.encode_seconds * 1e3:.1f} ms per clip on {device}"
             )
-    decode_wall, encode_wall = decode_total / flags.decode_workers, encode_total / flags.workers
+    decode_wall, encode_wall = decode_total / flags.decode_processes, encode_total / flags.workers
     limit = "encode" if encode_wall >= decode_wall else "decode"
     yield (
         f"estimate: {format_seconds(max(decode_wall, encode_wall))} with {flags.workers} encode workers and "
-        f"{flags.decode_workers} decode processes, {limit}-bound (encode {encode_total / 3600:.3f} worker hours, "
+        f"{flags.decode_processes} decode processes, {limit}-bound (encode {encode_total / 3600:.3f} worker hours, "
         f"decode {decode_total / 3600:.3f} core hours; each worker on a device of its own)"
     )
 

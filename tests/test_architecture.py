@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_imports(path: Path) -> None:
     names = imports(ast.parse(path.read_text(encoding="utf-8")))
     assert "." not in names, "relative import"
     assert "tests" not in names
-    assert "ray" not in names or path.parent.name == "jobs"
+    assert "ray" not in names or path.is_relative_to(ROOT / "jobs")
     assert not names & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 
@@ -70,6 +71,13 @@ def test_nothing_unpickles_and_nothing_runs_a_shell(path: Path) -> None:
 @every_module
 def test_a_file_is_named_for_what_it_does(path: Path) -> None:
     assert path.stem not in ("utils", "util", "helpers", "helper", "common", "misc")
+
+
+def test_every_package_is_installed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES}
+    assert set(settings["tool"]["setuptools"]["packages"]) == folders
+    assert all((ROOT / folder.replace(".", "/") / "__init__.py").is_file() for folder in folders)
 
 
 def test_no_package_hides_a_library() -> None:
@@ -105,7 +113,7 @@ def test_what_a_plan_needs_of_models_is_light() -> None:
 def test_a_local_run_imports_no_ray(tmp_path: Path) -> None:
     """All the modules that `--local` commands run, and one such run, without Ray in the process."""
     program = f"""
-import jobs.encode, jobs.inspect_store, jobs.prepare, jobs.probe, jobs.synthesize, jobs.train, pipeline.local
+import jobs.encode, jobs.inspect_store, jobs.prepare, jobs.probe, jobs.synthesize, jobs.train.command, pipeline.local
 from jobs.__main__ import main
 assert main(["synthesize", "--output", {str(tmp_path / "in")!r}, "--num-shards", "1", "--samples-per-shard", "2"]) == 0
 tars = {str(tmp_path / "in" / "*.tar")!r}

@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.bench_about import about, rotated
-from jobs.bench_config import BenchDecode
-from jobs.bench_decode_child import request_of
-from jobs.bench_decode_report import to_markdown
-from jobs.bench_videos import ENCODERS, FPS, long_video, texture_video
+from jobs.bench.about import about, rotated
+from jobs.bench.config import BenchDecode
+from jobs.bench.decode_child import request_of
+from jobs.bench.decode_report import to_markdown
+from jobs.bench.videos import ENCODERS, FPS, long_video, texture_video
 from pipeline.decode.backend import decode_windows
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
@@ -122,7 +122,7 @@ def _summary(samples: Sequence[Json]) -> Json:
 def _child() -> Iterator[Callable[[Json], Json]]:
     """A function that has a process of its own do one measurement."""
     with subprocess.Popen(
-        [sys.executable, "-m", "jobs.bench_decode_child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "jobs.bench.decode_child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         stdin, stdout = process.stdin, process.stdout
         assert stdin is not None

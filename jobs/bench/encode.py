@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.bench_about import about, rotated
-from jobs.bench_config import BenchEncode
-from jobs.bench_encode_report import to_markdown
-from jobs.bench_encode_runs import Job, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
-from jobs.bench_encode_sets import REAL, SETS, SLEEPING, write_tars
+from jobs.bench.about import about, rotated
+from jobs.bench.config import BenchEncode
+from jobs.bench.encode_report import to_markdown
+from jobs.bench.encode_runs import Job, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
+from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
 from pipeline.errors import UsageError
 
 Json = dict[str, Any]

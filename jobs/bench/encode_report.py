@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jobs.bench_config import OTHERS, OURS
-from jobs.bench_decode_report import Goal, Spread
+from jobs.bench.config import OTHERS, OURS
+from jobs.bench.decode_report import Goal, Spread
 
 Json = dict[str, Any]
 _ONE_ENCODER = ("local", "ray-1")

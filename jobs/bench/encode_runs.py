@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jobs.bench_config import OURS
-from jobs.bench_processes import Watched, watch
+from jobs.bench.config import OURS
+from jobs.bench.processes import Watched, watch
 from pipeline.account import take_account
 from pipeline.index import list_fragments, read_fragment
 from pipeline.placement import PlacedShard
@@ -37,7 +37,7 @@ Json = dict[str, Any]
 class Job:
     """What every contender of a case is given.
 
-    samples: those of one tar, as jobs.bench_encode_child's Work, broken ones included. clips: that the plan has.
+    samples: those of one tar, as jobs.bench.encode_child's Work, broken ones included. clips: that the plan has.
     good_clips: that can be decoded.
     """
 
@@ -128,7 +128,7 @@ def _bare(job: Job, what: str, store: Path, encoder: str, threads: int, output: 
     spec = {"what": what, "store": str(store), "encoder": encoder, "encode_threads": threads, "output": str(output)}
     path.write_text(json.dumps(spec))
     try:
-        watched = _require(watch([sys.executable, "-m", "jobs.bench_encode_bare", str(path)], job.limit_seconds))
+        watched = _require(watch([sys.executable, "-m", "jobs.bench.encode_bare", str(path)], job.limit_seconds))
     finally:
         shutil.rmtree(output)
     result: Json = json.loads(watched.stdout[-1][1])
@@ -207,7 +207,7 @@ def _run_other(job: Job, name: str, directory: Path) -> Json:
     }
     path = directory / "spec.json"
     path.write_text(json.dumps(spec))
-    watched = watch([sys.executable, "-m", "jobs.bench_encode_child", str(path)], job.limit_seconds)
+    watched = watch([sys.executable, "-m", "jobs.bench.encode_child", str(path)], job.limit_seconds)
     if watched.returncode or not watched.stdout:
         return {"error": f"died: {watched.cause}"}
     clock = json.loads(watched.stdout[-1][1])

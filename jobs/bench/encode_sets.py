@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jobs.bench_videos import long_video, texture_video
+from jobs.bench.videos import long_video, texture_video
 
 Members = Iterator[tuple[str, bytes]]
 _SQUARE = ("--sizes", "128x128")

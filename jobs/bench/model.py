@@ -18,8 +18,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.bench_about import about
-from jobs.bench_config import BenchModel
+from jobs.bench.about import about
+from jobs.bench.config import BenchModel
 from jobs.encode import choose_device
 from models.config import PRESETS
 from models.pretrained import real_configs
@@ -82,7 +82,7 @@ def _measured(command: BenchModel, device: str, spec: Json, frames: int, size: i
         "threads": command.threads,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.bench_model_child"],
+        [sys.executable, "-m", "jobs.bench.model_child"],
         input=json.dumps(asked),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

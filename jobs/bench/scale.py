@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jobs.bench_about import about
-from jobs.bench_config import TINY_VAE, BenchScale
-from jobs.bench_scale_jobs import Bench, measure_memory, measure_starts
-from jobs.bench_scale_report import to_markdown
+from jobs.bench.about import about
+from jobs.bench.config import TINY_VAE, BenchScale
+from jobs.bench.scale_jobs import Bench, measure_memory, measure_starts
+from jobs.bench.scale_report import to_markdown
 from jobs.rehearsal import describe_rehearsal, is_rehearsal
 from pipeline.errors import UsageError
 
@@ -92,7 +92,7 @@ def _measure_books(bench: Bench) -> list[Json]:
 
 def _child(step: str, directory: Path, units: int, workers: int = 0) -> Json:
     asked = {"step": step, "directory": str(directory), "units": units, "workers": workers}
-    argv = [sys.executable, "-m", "jobs.bench_scale_child"]
+    argv = [sys.executable, "-m", "jobs.bench.scale_child"]
     done = subprocess.run(argv, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True)
     fields: Json = json.loads(done.stdout)
     return fields

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.bench_config import TINY_VAE, BenchScale
-from jobs.bench_encode_sets import save_tiny_vae
-from jobs.bench_processes import Watched, watch
-from jobs.bench_scale_memory import MemoryWatch
-from jobs.bench_videos import long_video, texture_video
+from jobs.bench.config import TINY_VAE, BenchScale
+from jobs.bench.encode_sets import save_tiny_vae
+from jobs.bench.processes import Watched, watch
+from jobs.bench.scale_memory import MemoryWatch
+from jobs.bench.videos import long_video, texture_video
 from jobs.rehearsal import is_rehearsal
 
 Json = dict[str, Any]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from jobs.bench_decode_report import Goal, Spread
+from jobs.bench.decode_report import Goal, Spread
 
 Json = dict[str, Any]
 _MILLISECONDS_PER_UNIT = 3.0

@@ -27,11 +27,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jobs.bench_about import about, rotated
-from jobs.bench_config import BenchTrain
-from jobs.bench_train_child import LOADERS, Measurement, StepName, count_products, make_curriculum
-from jobs.bench_train_report import to_markdown
-from jobs.bench_videos import texture_video
+from jobs.bench.about import about, rotated
+from jobs.bench.config import BenchTrain
+from jobs.bench.train_child import LOADERS, Measurement, StepName, count_products, make_curriculum
+from jobs.bench.train_report import to_markdown
+from jobs.bench.videos import texture_video
 from jobs.flags import ClusterFlags
 from jobs.prepare import index_shards
 from pipeline.epoch import Draw
@@ -140,7 +140,7 @@ def _round(asked: Measurement, number: int) -> Json:
 
 def _measured(asked: Measurement) -> Json:
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.bench_train_child"],
+        [sys.executable, "-m", "jobs.bench.train_child"],
         input=json.dumps(dataclasses.asdict(asked)),
         stdout=subprocess.PIPE,
         text=True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.bench_decode_report import Goal, Spread
+from jobs.bench.decode_report import Goal, Spread
 
 Json = dict[str, Any]
 _OURS = "latentmill"

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from jobs.compare_config import Compare
-from jobs.compare_report import Compared, write_comparison
-from jobs.evaluate import evaluate_encoder
-from jobs.evaluate_clips import IndexedShards
+from jobs.compare.config import Compare
+from jobs.compare.report import Compared, write_comparison
+from jobs.evaluate.clips import IndexedShards
+from jobs.evaluate.command import evaluate_encoder
 from jobs.prepare import decode_limits
-from jobs.train_checkpoints import read_finished
+from jobs.train.checkpoints import read_finished
 from models.checkpoint import read_document
 from pipeline.decode.pool import ProcessPool
 from pipeline.errors import LatentmillError, UsageError
@@ -143,7 +143,7 @@ def _judge(
 ) -> list[Compared]:
     """Every recipe with its evaluation, or with why there is none."""
     results = []
-    with ProcessPool(command.engine.decode_workers, decode_limits(command.engine)) as pool:
+    with ProcessPool(command.engine.decode_processes, decode_limits(command.engine)) as pool:
         for home in homes:
             if home.name in failures:
                 results.append(Compared(home.name, failures[home.name]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from jobs.evaluate_config import EvaluateSettings
+from jobs.evaluate.config import EvaluateSettings
 from jobs.flags import ConfigFile, DecodeFlags, Shards, require_positive
 from pipeline.buckets import BucketConfig
 from pipeline.sampling import SamplingConfig

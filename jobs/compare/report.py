@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.compare_config import Compare
+from jobs.compare.config import Compare
 from models.config import ModelConfig
 from pipeline.errors import UsageError
 from pipeline.evaluation import Evaluation

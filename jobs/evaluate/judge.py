@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from jobs.evaluate_clips import IndexedShards, decode_clips, spread
-from jobs.evaluate_codecs import BicubicCodec, Codec, EncoderCodec, PcaCodec
-from jobs.evaluate_config import EvaluateSettings
-from jobs.evaluate_networks import FrechetDistances, open_lpips
-from jobs.evaluate_posterior import PosteriorNumbers, fit_likelihood, judge_posterior
+from jobs.evaluate.clip_codecs import BicubicCodec, Codec, EncoderCodec, PcaCodec
+from jobs.evaluate.clips import IndexedShards, decode_clips, spread
+from jobs.evaluate.config import EvaluateSettings
+from jobs.evaluate.networks import FrechetDistances, open_lpips
+from jobs.evaluate.posterior import PosteriorNumbers, fit_likelihood, judge_posterior
 from models.generative.bounds import bits_per_dimension
 from models.generative.likelihoods import Gaussian
 from pipeline.decode_requests import Decoders

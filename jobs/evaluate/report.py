@@ -13,8 +13,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.evaluate_config import Evaluate
-from jobs.evaluate_tables import markdown
+from jobs.evaluate.config import Evaluate
+from jobs.evaluate.tables import markdown
 from pipeline.contact_sheet import contact_sheet
 from pipeline.errors import UsageError
 from pipeline.evaluation import Evaluation

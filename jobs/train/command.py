@@ -3,7 +3,7 @@
 In:   shards.
 Out:  a model directory that `encode --encoder` takes as it is; RUN, with checkpoints and logs.
 Cost: the steps or seconds that it is given; decoding beside it. Ray takes half a minute to start.
-Errors: UsageError for flags that cannot be; MismatchError when RUN began with others; those of jobs.train_loop.
+Errors: UsageError for flags that cannot be; MismatchError when RUN began with others; those of jobs.train.loop.
 
 The same command again goes on from RUN's last checkpoint.
 """
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.prepare import decode_limits, index_shards
-from jobs.train_checkpoints import Checkpoints, read_finished, require_same_flags
-from jobs.train_config import Train
+from jobs.train.checkpoints import Checkpoints, read_finished, require_same_flags
+from jobs.train.config import Train
 from pipeline.curriculum import Stage, parse_stages
 from pipeline.errors import JobError, UsageError
 from pipeline.shards import ShardRef
 from pipeline.storage import LocalStorage, Storage, is_remote, open_storage
 
 if TYPE_CHECKING:
-    from jobs.train_loop import TrainJob
+    from jobs.train.loop import TrainJob
 
 _DEFAULT_SECONDS = 120.0
 _STALE_SECONDS = 24 * 3600.0
@@ -82,7 +82,7 @@ def _limits(command: Train, stages: Sequence[Stage]) -> tuple[int | None, float 
 
 def _check_model(command: Train, stages: Sequence[Stage]) -> None:
     """Refuse, before anything is read, clips that the model cannot take."""
-    from jobs.train_model import model_config
+    from jobs.train.model import model_config
     from pipeline.buckets import resolve_sizes
 
     geometry = model_config(command.model).geometry
@@ -146,7 +146,7 @@ def _make_job(
     shards: Sequence[ShardRef],
     held_out: Sequence[ShardRef],
 ) -> TrainJob:
-    from jobs.train_loop import TrainJob
+    from jobs.train.loop import TrainJob
 
     steps, seconds = limits
     return TrainJob(
@@ -183,7 +183,7 @@ def _device(command: Train) -> str:
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
-    from jobs.ray_engine import cluster_resource, connect
+    from jobs.ray_cluster import cluster_resource, connect
 
     connect(command.engine)
     return "cuda" if cluster_resource("GPU") else "cpu"
@@ -193,19 +193,19 @@ def _run(job: TrainJob) -> None:
     """Train where the flags say."""
     engine = job.command.engine
     if not engine.local:
-        from jobs.ray_engine import connect
-        from jobs.train_ray import train_on_ray
+        from jobs.ray_cluster import connect
+        from jobs.train.on_ray import train_on_ray
 
         connect(engine)
         train_on_ray(job)
         return
     import torch
 
-    from jobs.train_loop import train_rank
+    from jobs.train.loop import train_rank
     from pipeline.decode.pool import ProcessPool
 
     torch.set_num_threads(engine.threads)
-    with ProcessPool(engine.decode_workers, decode_limits(engine)) as pool:
+    with ProcessPool(engine.decode_processes, decode_limits(engine)) as pool:
         try:
             train_rank(job, pool)
         except ValueError as error:
@@ -214,8 +214,8 @@ def _run(job: TrainJob) -> None:
 
 def _export(job: TrainJob, storage: Storage) -> None:
     """Write the model directory from what the ranks left in RUN."""
-    from jobs.train_model import model_config
-    from jobs.train_watch import report_end
+    from jobs.train.model import model_config
+    from jobs.train.watch import report_end
     from models.build import build_model
     from models.checkpoint import save_checkpoint
     from models.spec import Normaliser
@@ -237,7 +237,7 @@ def _export(job: TrainJob, storage: Storage) -> None:
 
 def _say_if_unopposed(command: Train, steps: int) -> None:
     """An adversary that never had its turn leaves a plain reconstruction: nothing else would tell."""
-    from jobs.train_model import make_kind
+    from jobs.train.model import make_kind
     from models.kinds.vq_gan import VqGan
 
     kind = make_kind(command.model.kind, command.model.kind_options)

@@ -115,7 +115,7 @@ class RankFlags(ClusterFlags):
 
     @property
     def cluster_cpus(self) -> int:
-        return self.decode_workers + self.workers * self.threads
+        return self.decode_processes + self.workers * self.threads
 
     @property
     def object_store_mb(self) -> int:

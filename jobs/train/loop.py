@@ -3,7 +3,7 @@
 In:   a TrainJob and some decoders; torch.distributed, where several ranks train together.
 Out:  checkpoints, history and log in RUN; at the end `finished.json`, with the normaliser.
 Cost: models.trainer's per step; a checkpoint every --checkpoint-every steps.
-Errors: those of jobs.train_checkpoints, jobs.train_model and pipeline.training_clips; ValueError for a loss that is not
+Errors: those of jobs.train.checkpoints, jobs.train.model and pipeline.training_clips; ValueError for a loss that is not
       finite.
 
 A loop that is killed goes on from the last checkpoint that rank 0 committed. Everything that the next step depends on
@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jobs.train_checkpoints import Checkpoints, Position, read_finished, write_finished
-from jobs.train_config import Train
-from jobs.train_history import History, drop_after, failed_clips
-from jobs.train_model import make_objective, model_config
-from jobs.train_watch import Watch
+from jobs.train.checkpoints import Checkpoints, Position, read_finished, write_finished
+from jobs.train.config import Train
+from jobs.train.history import History, drop_after, failed_clips
+from jobs.train.model import make_objective, model_config
+from jobs.train.watch import Watch
 from models.bottlenecks.ranks import from_first_rank, rank, sum_over_ranks, wait_for_ranks, world_size
 from models.checkpoint import read_document
 from models.pixels import to_pixels

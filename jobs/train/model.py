@@ -20,7 +20,7 @@ from models.bottlenecks.config import BOTTLENECK_CONFIGS, BottleneckConfig
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from jobs.train_config import ModelFlags
+    from jobs.train.config import ModelFlags
     from models.autoencoder import CausalAutoencoder
     from models.config import ModelConfig
     from models.kinds.kind import Kind, Objective

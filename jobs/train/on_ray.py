@@ -1,7 +1,7 @@
 """Training on Ray: every rank a worker of Ray Train, one process group, restarted as a whole when one of them dies.
 
 In:   a TrainJob, and a cluster that jobs.ray_engine.connect has joined.
-Out:  what jobs.train_loop leaves in RUN; for Ray, under RUN/ray, a pointer to each checkpoint.
+Out:  what jobs.train.loop leaves in RUN; for Ray, under RUN/ray, a pointer to each checkpoint.
 Cost: 15 to 20 s to start the ranks, 8 s to start them again; decoding runs as tasks anywhere in the cluster.
 Errors: JobError when ranks died more often than --max-restarts allows, or one of them met what no retry could change.
 
@@ -27,8 +27,8 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.prepare import decode_limits
-from jobs.ray_engine import cluster_resource
-from jobs.train_loop import TrainJob
+from jobs.ray_cluster import cluster_resource
+from jobs.train.loop import TrainJob
 from pipeline.errors import JobError
 from pipeline.storage import Storage, open_storage
 
@@ -99,8 +99,8 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     """What Ray runs on every rank, once the process group is there."""
     import torch
 
-    from jobs.ray_engine import RayDecoders
-    from jobs.train_loop import train_rank
+    from jobs.ray_decode import RayDecoders
+    from jobs.train.loop import train_rank
 
     job: TrainJob = config["job"]
     engine = job.command.engine

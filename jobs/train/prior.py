@@ -22,7 +22,7 @@ import numpy as np
 from jobs.generate import open_autoencoder
 from jobs.inspect_store import require_encoder_of
 from jobs.progress import format_seconds
-from jobs.train_config import TrainPrior
+from jobs.train.config import TrainPrior
 from pipeline.buckets import Bucket
 from pipeline.errors import UsageError
 

@@ -1,7 +1,7 @@
 """What rank 0 says of a training as it goes: a line now and then, and the log with its film strips.
 
 In:   the steps of the loop.
-Out:  lines on stderr; scalars and strips in a TrainLog (jobs.train_log).
+Out:  lines on stderr; scalars and strips in a TrainLog (jobs.train.log).
 Cost: every --log-every steps one encoder pass over a batch, every --strip-every steps the decoder's for one clip.
 Errors: those of the log.
 """
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.progress import format_seconds
-from jobs.train_config import LogFlags
-from jobs.train_log import TrainLog
+from jobs.train.config import LogFlags
+from jobs.train.log import TrainLog
 from pipeline.filmstrip import film_strip
 from pipeline.training_clips import ClipBatch
 

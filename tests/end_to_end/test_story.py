@@ -82,11 +82,18 @@ def test_every_sample_is_written_or_has_a_reason(reference: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize(("workers", "placement"), [(1, "cluster"), (2, "cluster"), (2, "worker"), (4, "worker")])
 def test_ray_makes_the_same_store_with_any_number_of_workers(
-    ray_cluster: None, reference: Path, shards: list[str], vae_directory: Path, tmp_path: Path, workers: int
+    ray_cluster: None,
+    reference: Path,
+    shards: list[str],
+    vae_directory: Path,
+    tmp_path: Path,
+    workers: int,
+    placement: str,
 ) -> None:
-    assert main(encode_args(shards, tmp_path / "store", vae_directory, "--workers", str(workers))) == 0
+    engine = ["--workers", str(workers), "--decode-placement", placement]
+    assert main(encode_args(shards, tmp_path / "store", vae_directory, *engine)) == 0
     assert contents(tmp_path / "store") == contents(reference)
 
 
@@ -158,7 +165,7 @@ def test_kill_9_of_workers_decoders_and_driver_changes_nothing(
     time.sleep(chance.random() * 0.1)
     assert committed(store) < units, "the job was over before the driver could be killed"
     first.kill()
-    second = Driver(args, log)
+    second = Driver([*args, "--decode-placement", "cluster"], log)
     assert wait_for(lambda: bool(second.descendants("ray::decode")) or second.process.poll() is not None)
     second.kill_one("ray::decode", chance)
     assert second.wait(120) == 0, log.read_text()

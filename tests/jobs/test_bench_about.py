@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jobs.bench_about import about
+from jobs.bench.about import about
 
 
 @pytest.mark.parametrize("program", [["latentmill"], ["/somewhere/jobs/__main__.py"]])

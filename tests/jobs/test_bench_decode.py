@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from jobs import bench_decode
 from jobs.__main__ import main
-from jobs.bench_about import rotated
-from jobs.bench_decode_child import measure
-from jobs.bench_decode_report import Goal, Spread, against, goals, to_markdown
+from jobs.bench import decode as bench_decode
+from jobs.bench.about import rotated
+from jobs.bench.decode_child import measure
+from jobs.bench.decode_report import Goal, Spread, against, goals, to_markdown
 
 
 def cell(*rounds, frames=16):
@@ -75,7 +75,7 @@ def test_every_method_comes_first_and_after_its_neighbours():
 
 
 def test_every_method_decodes_the_wanted_frames_or_says_why_not(tmp_path):
-    from jobs.bench_videos import texture_video
+    from jobs.bench.videos import texture_video
 
     path = texture_video(tmp_path, "h264", 96, 30)
     for method in ("auto", "pyav", "decord", "loop: decord get_batch", "loop: PyAV all, torch resize", "stream"):

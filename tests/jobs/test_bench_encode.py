@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from jobs.__main__ import main
-from jobs.bench_config import OTHERS, OURS, BenchEncode
-from jobs.bench_encode import _held_to
-from jobs.bench_encode_bare import encoder_alone, stages
-from jobs.bench_encode_child import CONTENDERS, Batcher, Work, decode_decord, decode_pyav
-from jobs.bench_encode_report import against, bound_seconds, goals, over_bound, slower_of_ours, to_markdown
-from jobs.bench_encode_runs import Job, run_contender, samples_of
-from jobs.bench_encode_sets import REAL, SETS, SLEEPING, write_tars
-from jobs.bench_processes import watch
+from jobs.bench.config import OTHERS, OURS, BenchEncode
+from jobs.bench.encode import _held_to
+from jobs.bench.encode_bare import encoder_alone, stages
+from jobs.bench.encode_child import CONTENDERS, Batcher, Work, decode_decord, decode_pyav
+from jobs.bench.encode_report import against, bound_seconds, goals, over_bound, slower_of_ours, to_markdown
+from jobs.bench.encode_runs import Job, run_contender, samples_of
+from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
+from jobs.bench.processes import watch
 from jobs.prepare import open_encoder
 from pipeline.decode.backend import decode_windows
 from pipeline.decode.limits import DecodeLimits

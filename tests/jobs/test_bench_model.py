@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.__main__ import main
-from jobs.bench_model_child import build, measure
+from jobs.bench.model_child import build, measure
 from models.config import preset
 from models.cost import kmacs_per_pixel, parameters
 from tests.pretrained_models import COSMOS, LTX_2, WAN_21
@@ -58,7 +58,7 @@ def test_what_is_measured_is_the_model() -> None:
 def test_a_model_that_is_measured_plain_is_left_untouched(
     name: str, config: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.bench_model_child.real_configs", lambda: {"tiny": (name, config)})
+    monkeypatch.setattr("jobs.bench.model_child.real_configs", lambda: {"tiny": (name, config)})
     row = measure({**SPEC, "model": "tiny", "how": how, "size": 64})
     assert row["frames_per_second"] > 0
     if how == "plain":
@@ -67,7 +67,7 @@ def test_a_model_that_is_measured_plain_is_left_untouched(
 
 
 def test_a_model_that_takes_whole_clips_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.bench_model_child.real_configs", lambda: {"tiny": ("AutoencoderKLCosmos", COSMOS)})
+    monkeypatch.setattr("jobs.bench.model_child.real_configs", lambda: {"tiny": ("AutoencoderKLCosmos", COSMOS)})
     assert measure({**SPEC, "model": "tiny"}) == {"error": "takes whole clips only"}
 
 

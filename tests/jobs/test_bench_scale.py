@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from jobs import bench_scale, bench_scale_jobs
 from jobs.__main__ import main
-from jobs.bench_scale_child import STEPS, UNIT_ROWS
-from jobs.bench_scale_memory import MemoryWatch, role_of
-from jobs.bench_scale_report import goals, growth_of, to_markdown
+from jobs.bench import scale as bench_scale
+from jobs.bench import scale_jobs as bench_scale_jobs
+from jobs.bench.scale_child import STEPS, UNIT_ROWS
+from jobs.bench.scale_memory import MemoryWatch, role_of
+from jobs.bench.scale_report import goals, growth_of, to_markdown
 from pipeline.ledger import listed_units
 from pipeline.plan import load_plan
 from pipeline.storage import LocalStorage

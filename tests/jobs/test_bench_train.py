@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import bench_train
 from jobs.__main__ import main
-from jobs.bench_config import BenchTrain
-from jobs.bench_train_child import LOADERS, measure
-from jobs.bench_train_report import goals, to_markdown
+from jobs.bench import train as bench_train
+from jobs.bench.config import BenchTrain
+from jobs.bench.train_child import LOADERS, measure
+from jobs.bench.train_report import goals, to_markdown
 
 SMALL = {"size": 32, "frames": 5, "batch_size": 2, "videos": 4, "video_height": 64, "video_frames": 30}
 

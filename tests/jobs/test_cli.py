@@ -33,7 +33,8 @@ from tests.fakes import FAKE_CARD, fake_recipe
 DECODE = {"decode-workers", "decode-timeout-seconds", "decode-memory-mb"}
 CLUSTER = DECODE | {"local", "no-local", "ray-address"}
 TRIAL = DECODE | {"workers", "device", "encode-threads"}
-ENGINE = CLUSTER | TRIAL | {"window-mb", "units-in-flight", "unit-timeout-seconds", "progress-seconds"}
+ENGINE = CLUSTER | TRIAL
+ENGINE |= {"window-mb", "units-in-flight", "decode-placement", "unit-timeout-seconds", "progress-seconds"}
 RECIPE = {
     "encoder", "decoder", "caption-field",
     "frames", "fps", "frame-step", "windows", "num-windows", "stride", "short", "seed",
@@ -165,6 +166,9 @@ class TestTypos:
         [
             "encode --store x --local --workers 2",
             "encode --store x --workers 0",
+            "encode --store x --decode-workers -1",
+            "encode --store x --local --decode-placement cluster",
+            "encode --store x --ray-address auto --decode-placement cluster --decode-workers 2",
             "encode --store x --frames 0",
             "encode --store x --windows slide",
             "encode --store x --batch-size 3 --unit-rows 4",

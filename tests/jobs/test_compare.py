@@ -11,9 +11,9 @@ import torch
 
 from jobs.__main__ import main
 from jobs.cli import parse
-from jobs.compare_config import Compare
-from jobs.compare_report import Compared, markdown
-from jobs.train_config import Train
+from jobs.compare.config import Compare
+from jobs.compare.report import Compared, markdown
+from jobs.train.config import Train
 from tests.fakes import write_numbered_shards
 
 TINY = """\

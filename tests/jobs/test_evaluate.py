@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from jobs.__main__ import main
-from jobs.evaluate import evaluate_encoder
-from jobs.evaluate_clips import IndexedShards, spread
-from jobs.evaluate_config import EvaluateSettings
+from jobs.evaluate.clips import IndexedShards, spread
+from jobs.evaluate.command import evaluate_encoder
+from jobs.evaluate.config import EvaluateSettings
 from models.bottlenecks.config import BottleneckConfig, Fsq, Kl, NoBottleneck, ResidualVq
 from models.build import build_model
 from models.checkpoint import save_checkpoint

@@ -220,7 +220,7 @@ class TestTrainPrior:
 
     def test_every_clip_is_learned_from_or_held_out(self, shards: Path, models: Path, tmp_path: Path) -> None:
         """Each epoch the codes of the same clips, in another order; then those that are left, and none twice."""
-        from jobs.train_prior import CodeBatches
+        from jobs.train.prior import CodeBatches
 
         dataset = LatentDataset(encoded(shards, models / "fsq", tmp_path / "store", "--stride", "3"), normalise=False)
         _, backend = load_native(models / "fsq")
@@ -236,7 +236,7 @@ class TestTrainPrior:
 
     def test_is_what_the_functions_make(self, discrete_store: str, models: Path, prior: Path) -> None:
         """Of the store's unnormalised latents, by the seed, step for step."""
-        from jobs.train_prior import CodeBatches
+        from jobs.train.prior import CodeBatches
 
         card, backend = load_native(models / "fsq")
         batches = CodeBatches(LatentDataset(discrete_store, normalise=False), backend.model, 4, seed=0)

@@ -23,7 +23,7 @@ def request(source: MediaSource, *windows: Window) -> DecodeRequest:
 
 
 def test_a_decode_task_gives_frames_and_errors_as_a_process_does(ray_cluster: None, tmp_path: Path) -> None:
-    from jobs.ray_engine import RayDecoders
+    from jobs.ray_decode import RayDecoders
 
     decoders = RayDecoders(DecodeLimits())
     video = stored(tmp_path, numbered_video(num_frames=20))
@@ -37,7 +37,7 @@ def test_a_decode_task_gives_frames_and_errors_as_a_process_does(ray_cluster: No
 
 
 def test_errors_of_the_input_cross_the_cluster_as_themselves(ray_cluster: None, tmp_path: Path) -> None:
-    from jobs.ray_engine import RayDecoders
+    from jobs.ray_decode import RayDecoders
 
     missing = MediaSource(str(tmp_path / "gone.tar"), 0, 100, "video", "key")
     with pytest.raises(ShardError, match=r"cannot read shard .*gone\.tar") as caught:
@@ -46,7 +46,7 @@ def test_errors_of_the_input_cross_the_cluster_as_themselves(ray_cluster: None, 
 
 
 def test_a_long_clip_comes_in_pieces_as_from_a_process(ray_cluster: None, tmp_path: Path) -> None:
-    from jobs.ray_engine import RayDecoders
+    from jobs.ray_decode import RayDecoders
 
     decoders = RayDecoders(DecodeLimits())
     video = stored(tmp_path, numbered_video(num_frames=60))
@@ -63,7 +63,7 @@ def test_a_long_clip_comes_in_pieces_as_from_a_process(ray_cluster: None, tmp_pa
 def test_a_stream_that_is_dropped_gives_its_cpu_back(ray_cluster: None, tmp_path: Path) -> None:
     import ray
 
-    from jobs.ray_engine import RayDecoders
+    from jobs.ray_decode import RayDecoders
 
     def free_cpus() -> float:
         return float(ray.available_resources()["CPU"])  # type: ignore[no-untyped-call]
@@ -86,10 +86,10 @@ def test_a_stream_whose_worker_dies_goes_on_from_the_piece_that_is_wanted(
 ) -> None:
     import ray
 
-    from jobs import ray_engine
+    from jobs import ray_decode
 
     def stream(request: DecodeRequest, piece_frames: int, limits: DecodeLimits):  # type: ignore[no-untyped-def]
-        for piece in ray_engine._stream(request, piece_frames, limits):
+        for piece in ray_decode._stream(request, piece_frames, limits):
             marks = [Path(request.source.path).parent / f"death-{number}" for number in range(deaths)]
             left = [mark for mark in marks if not mark.exists()]
             if left and isinstance(piece, DecodedClip) and read_number(piece.frames[0]) == 24:
@@ -97,9 +97,9 @@ def test_a_stream_whose_worker_dies_goes_on_from_the_piece_that_is_wanted(
                 os._exit(1)
             yield piece
 
-    monkeypatch.setattr(ray_engine, "_stream_task", ray.remote(num_cpus=1, max_retries=0)(stream))
+    monkeypatch.setattr(ray_decode, "_stream_task", ray.remote(num_cpus=1, max_retries=0)(stream))
     video = stored(tmp_path, numbered_video(num_frames=60))
-    pieces = ray_engine.RayDecoders(DecodeLimits()).stream(request(video, Window(0, 60)), 8)
+    pieces = ray_decode.RayDecoders(DecodeLimits()).stream(request(video, Window(0, 60)), 8)
     numbers = [read_number(frame) for _ in range(3) for frame in next(pieces).frames]
     assert numbers == list(range(24))
     if deaths == 1:
@@ -112,7 +112,7 @@ def test_a_stream_whose_worker_dies_goes_on_from_the_piece_that_is_wanted(
 def test_long_clips_make_the_same_store_as_without_ray(ray_cluster: None, tmp_path: Path) -> None:
     (shard,) = write_numbered_shards(tmp_path / "shards", 1, 4, broken={"broken": b"no video"})
     stores = []
-    for name, more in (("local", ["--local"]), ("ray", [])):
+    for name, more in (("local", ["--local"]), ("ray", ["--decode-placement", "cluster"])):
         store = tmp_path / name
         recipe = ["--encoder", "rehearsal:4x8x8x16@1000", "--frames", "9", "--sizes", "96x96", "--windows", "chunks"]
         engine = ["--stream-mb", "0.1", "--window-mb", "1", "--decode-workers", "2", *more]

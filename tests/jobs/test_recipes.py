@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import jobs.train
+import jobs.train.command
 from jobs.__main__ import main
 from jobs.cli import parse
-from jobs.train_config import Train
-from jobs.train_loop import TrainJob
-from jobs.train_model import make_kind, model_config
+from jobs.train.config import Train
+from jobs.train.loop import TrainJob
+from jobs.train.model import make_kind, model_config
 from models.build import build_model
 from models.kinds.registry import KINDS
 from pipeline.curriculum import parse_stages
@@ -78,10 +78,10 @@ def test_it_passes_every_check_before_the_first_step(
         return indexed[0] if patterns else []
 
     reached: list[TrainJob] = []
-    monkeypatch.setattr(jobs.train, "index_shards", index_shards)
-    monkeypatch.setattr(jobs.train, "_run", reached.append)
-    monkeypatch.setattr(jobs.train, "_export", lambda *_: None)
-    monkeypatch.setattr(jobs.train, "_fingerprint", str)
+    monkeypatch.setattr(jobs.train.command, "index_shards", index_shards)
+    monkeypatch.setattr(jobs.train.command, "_run", reached.append)
+    monkeypatch.setattr(jobs.train.command, "_export", lambda *_: None)
+    monkeypatch.setattr(jobs.train.command, "_fingerprint", str)
     line = ["train", "a.tar", "--output", str(tmp_path / "model"), "--config", str(path)]
     if command_of(path).settings.freeze_encoder:
         line += ["--initial", "the_model_before"]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from jobs.__main__ import main
 from jobs.cli import parse
-from jobs.train_config import ModelFlags, Train
-from jobs.train_model import make_kind, make_objective
+from jobs.train.config import ModelFlags, Train
+from jobs.train.model import make_kind, make_objective
 from models.blocks import BlockStack
 from models.bottlenecks.config import Fsq, Kl
 from models.checkpoint import load_checkpoint, read_document

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.train_checkpoints import Checkpoints, Position, require_same_flags
+from jobs.train.checkpoints import Checkpoints, Position, require_same_flags
 from pipeline.epoch import LoaderState
 from pipeline.errors import MismatchError, StoreError
 from pipeline.storage import LocalStorage
@@ -29,7 +29,7 @@ class TestWhatIsKept:
         assert not list(tmp_path.glob("checkpoints/00000003/*"))
 
     def test_large_ones_lie_in_several_parts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("jobs.train_checkpoints._PART_BYTES", 100)
+        monkeypatch.setattr("jobs.train.checkpoints._PART_BYTES", 100)
         tensors = {f"model.{number}": torch.full((15,), float(number)) for number in range(4)}
         checkpoints = Checkpoints(LocalStorage(tmp_path))
         checkpoints.commit(Position(1, LoaderState(1), 1.0, None), tensors)

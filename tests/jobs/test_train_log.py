@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, TENSORS, EventAccumulator
 
-from jobs.train_log import TrainLog
+from jobs.train.log import TrainLog
 from pipeline.errors import UsageError
 
 STRIP = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)

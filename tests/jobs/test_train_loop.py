@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import train_watch
-from jobs.train_checkpoints import Checkpoints, read_finished
-from jobs.train_config import CheckpointFlags, LogFlags, ModelFlags, Train
-from jobs.train_history import failed_clips, read_history
-from jobs.train_loop import TrainJob, train_rank
+from jobs.train.checkpoints import Checkpoints, read_finished
+from jobs.train.config import CheckpointFlags, LogFlags, ModelFlags, Train
+from jobs.train.history import failed_clips, read_history
+from jobs.train.loop import TrainJob, train_rank
 from models.train_settings import TrainSettings
 from pipeline.buckets import BucketConfig
 from pipeline.curriculum import Stage
@@ -221,7 +220,7 @@ class RecordingLog:
 
 
 def test_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(train_watch, "TrainLog", RecordingLog)
+    monkeypatch.setattr("jobs.train.watch.TrainLog", RecordingLog)
     RecordingLog.made.clear()
     job = make_job(tmp_path, model=GAN, log=LogFlags(log_every=2, strip_every=4, progress_seconds=1e-9))
     train_rank(job, FakeDecoders(bad=("c",)))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.__main__ import main
-from jobs.train_history import read_history
+from jobs.train.history import read_history
 from pipeline.storage import LocalStorage
 from tests.fakes import write_numbered_shards
 

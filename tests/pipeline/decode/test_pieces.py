@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.bench_videos import FPS, long_video
+from jobs.bench.videos import FPS, long_video
 from pipeline.decode.arena import FrameMemory
 from pipeline.decode.backend import decode_pieces, decode_windows, pieces_of
 from pipeline.decode.limits import DecodeLimits

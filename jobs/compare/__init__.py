@@ -1,0 +1,1 @@
+"""Recipes trained and evaluated on the same clips, in one table."""

@@ -1,0 +1,50 @@
+"""What an encode worker gets of its node."""
+
+import os
+
+import pytest
+
+from jobs.flags import EngineFlags
+from jobs.ray_cluster import Node, NodeShare, node_share
+from pipeline.errors import JobError
+
+GPU_NODE, CPU_NODE = Node(cpus=128, gpus=8), Node(cpus=64, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "flags", "expected"),
+    [
+        # Eight workers on each GPU node; nodes without a GPU decode nothing.
+        ([GPU_NODE, GPU_NODE, CPU_NODE], EngineFlags(workers=16), NodeShare(16, 15)),
+        ([GPU_NODE, Node(cpus=64, gpus=8)], EngineFlags(workers=16), NodeShare(8, 7)),  # the smallest one decides
+        ([GPU_NODE], EngineFlags(workers=2), NodeShare(64, 63)),
+        ([GPU_NODE], EngineFlags(workers=2, decode_workers=24), NodeShare(13, 12)),
+        ([Node(cpus=8, gpus=8)], EngineFlags(workers=8), NodeShare(1, 1)),  # never none, though all CPUs are taken
+        ([GPU_NODE], EngineFlags(workers=8, decode_placement="cluster"), NodeShare(1, None)),
+    ],
+)
+def test_gpu_workers_share_their_node(nodes: list[Node], flags: EngineFlags, expected: NodeShare) -> None:
+    assert node_share(nodes, flags, on_gpu=True) == expected
+
+
+def test_cpu_workers_spread_over_the_nodes_that_can_hold_one() -> None:
+    nodes = [Node(cpus=0, gpus=0), CPU_NODE, CPU_NODE]
+    assert node_share(nodes, EngineFlags(workers=3, encode_threads=8), on_gpu=False) == NodeShare(32, 24)
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(1, NodeShare(4, 2)), (2, NodeShare(3, 1)), (4, NodeShare(2, 1))])
+def test_a_cluster_of_this_machine_is_shared_out_whole(workers: int, expected: NodeShare) -> None:
+    flags = EngineFlags(workers=workers, encode_threads=2, decode_workers=2)
+    node = Node(cpus=flags.cluster_cpus, gpus=0)
+    assert node_share([node], flags, on_gpu=False) == expected
+
+
+def test_by_default_a_machine_decodes_with_every_cpu() -> None:
+    assert EngineFlags().decode_processes == os.cpu_count()
+
+
+def test_no_room() -> None:
+    with pytest.raises(JobError, match="no node of the cluster has 1 CPUs and a GPU for an encode worker"):
+        node_share([CPU_NODE], EngineFlags(), on_gpu=True)
+    with pytest.raises(JobError, match="no node of the cluster has 65 CPUs for an encode worker"):
+        node_share([CPU_NODE], EngineFlags(encode_threads=65), on_gpu=False)
