@@ -24,6 +24,7 @@ import torch
 
 from models.spec import Posterior, VideoEncoder
 from pipeline.commit import RowFacts, RowResult
+from pipeline.decode.arena import FrameMemory
 from pipeline.decode.records import DecodedClip, DecodeOutcome
 from pipeline.errors import SampleError
 from pipeline.placement import Clip
@@ -31,6 +32,7 @@ from pipeline.recipe import Recipe, StoreDtype
 from pipeline.store import to_float32, to_stored
 
 _PADDING_FRAMES = 16
+_BATCHES = FrameMemory()
 
 
 class EncoderTimer:
@@ -50,13 +52,23 @@ class EncoderTimer:
 def to_batch(clips: Sequence[Clip], outcomes: Sequence[DecodeOutcome], batch_size: int) -> np.ndarray:
     """uint8 frames [B, T, H, W, 3] of a slice; short windows are padded by repeating their last frame."""
     bucket = clips[0].bucket
-    batch = np.zeros((batch_size, bucket.num_frames, bucket.height, bucket.width, 3), np.uint8)
+    if batch_size == 1 and isinstance(only := outcomes[0], DecodedClip) and _is_batch(only.frames, bucket.num_frames):
+        return only.frames[None]
+    batch = _BATCHES.empty((batch_size, bucket.num_frames, bucket.height, bucket.width, 3))
+    batch[len(outcomes) :] = 0
     for place, outcome in enumerate(outcomes):
         if isinstance(outcome, DecodedClip):
             valid = len(outcome.frames)
             batch[place, :valid] = outcome.frames
             batch[place, valid:] = outcome.frames[-1]
+        else:
+            batch[place] = 0
     return batch
+
+
+def _is_batch(frames: np.ndarray, num_frames: int) -> bool:
+    """Whether a clip needs no copy: it is whole, and is no shared memory of a cluster, which a tensor cannot be."""
+    return len(frames) == num_frames and bool(frames.flags.writeable)
 
 
 def encode_slice(

@@ -2,8 +2,8 @@
 
 In:   a file descriptor of anonymous memory (memfd_create), inherited by the child; shapes.
 Out:  numpy arrays.
-Cost: the largest request's frames for as long as the child lives, and up to 64 MiB that wait to be used again; no name
-    in any file system, so a kill leaves nothing.
+Cost: the largest request's frames for as long as the child lives, and what waits to be used again: up to 64 MiB, or
+    one array where that is larger; no name in any file system, so a kill leaves nothing.
 Errors: OSError when the system has no memory for the map.
 """
 
@@ -76,13 +76,18 @@ class FrameMemory:
         # A deque's own methods are atomic; a lock would not do where the garbage collector may come in between.
         self._free: collections.deque[mmap.mmap] = collections.deque()
 
-    def copy(self, frames: np.ndarray) -> np.ndarray:
-        """An array of its own with the same values."""
-        memory = self._take(frames.nbytes)
-        whole = np.frombuffer(memory, np.uint8, frames.nbytes)
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """A uint8 array whose values are left over."""
+        size_bytes = math.prod(shape)
+        memory = self._take(size_bytes)
+        whole = np.frombuffer(memory, np.uint8, size_bytes)
         # Views refer to `whole`, so it goes last.
         weakref.finalize(whole, self._give_back, memory).atexit = False
-        copied = whole.reshape(frames.shape)
+        return whole.reshape(shape)
+
+    def copy(self, frames: np.ndarray) -> np.ndarray:
+        """An array of its own with the same values."""
+        copied = self.empty(frames.shape)
         copied[...] = frames
         return copied
 
@@ -105,5 +110,5 @@ class FrameMemory:
 
     def _give_back(self, memory: mmap.mmap) -> None:
         self._free.append(memory)
-        while self.free_bytes > self._keep_bytes and self._free:
+        while self.free_bytes > self._keep_bytes and len(self._free) > 1:
             self._free.popleft()

@@ -75,6 +75,32 @@ def test_the_batch_has_its_full_size_whatever_failed() -> None:
     assert results[0] == RowFacts("fake", tuple(n / 25 for n in range(9)))
 
 
+def test_a_batch_that_is_used_again_holds_nothing_of_the_one_before() -> None:
+    three = clips(3)
+    full = to_batch(three, [dataclasses.replace(one, frames=one.frames | 1) for one in map(decoded, three)], 4)
+    assert full[:3].all()
+    place = full.ctypes.data
+    full[:] = 255
+    del full
+    batch = to_batch(three, outcomes_of(three, {1: "corrupt"}), 4)
+    assert batch.ctypes.data == place, "memory was not used again: the test shows nothing"
+    assert not batch[1].any()
+    assert not batch[3].any()
+
+
+@pytest.mark.parametrize(("writeable", "valid", "copies"), [(True, 9, False), (False, 9, True), (True, 5, True)])
+def test_a_whole_clip_by_itself_is_the_batch(writeable: bool, valid: int, copies: bool) -> None:
+    (clip,) = clips(1)
+    outcome = decoded(clip)
+    outcome = dataclasses.replace(outcome, frames=outcome.frames[:valid], pts_seconds=outcome.pts_seconds[:valid])
+    outcome.frames.flags.writeable = writeable
+    batch = to_batch([clip], [outcome], 1)
+    np.testing.assert_array_equal(batch[0, :valid], outcome.frames)
+    assert np.shares_memory(batch, outcome.frames) != copies
+    assert batch.shape == (1, 9, 32, 32, 3)
+    assert batch.flags.writeable
+
+
 def test_neighbours_that_fail_change_no_bit() -> None:
     four = clips()
     whole, _ = encode_slice(FakeEncoder(), recipe_of(), four, outcomes_of(four))
