@@ -35,7 +35,6 @@ from pipeline.index import index_shard, write_fragment
 from pipeline.shards import ShardRef
 from pipeline.storage import open_storage
 
-_TASKS_PER_PROCESS = 500  # decoders leak a little; a fresh process is cheap at this rate
 _LOST_TRIES = 20  # losses by the cluster are nobody's fault, but not for ever
 _STRIKES = 2
 _PIECES_AHEAD = 2  # of a long clip, decoded and not yet taken by the encode worker
@@ -70,9 +69,9 @@ def _index(shard: ShardRef, store_url: str, limits: DecodeLimits) -> None:
     write_fragment(open_storage(store_url), fragment)
 
 
-_decode_task = ray.remote(num_cpus=1, max_retries=0, max_calls=_TASKS_PER_PROCESS)(_decode)
-_stream_task = ray.remote(num_cpus=1, max_retries=0, max_calls=_TASKS_PER_PROCESS)(_stream)
-_index_task = ray.remote(num_cpus=1, max_retries=2, max_calls=_TASKS_PER_PROCESS)(_index)
+_decode_task = ray.remote(num_cpus=1, max_retries=0)(_decode)
+_stream_task = ray.remote(num_cpus=1, max_retries=0)(_stream)
+_index_task = ray.remote(num_cpus=1, max_retries=2)(_index)
 
 
 class _RayDecode:
