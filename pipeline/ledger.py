@@ -101,7 +101,7 @@ def unplaced_name(shard: ShardRef) -> str:
 def to_parquet(rows: Sequence[LedgerRow], plan_fingerprint: str) -> bytes:
     """A fragment; the same rows give the same bytes (with one version of pyarrow)."""
     facts = json.dumps({"format_version": FORMAT_VERSION, "plan": plan_fingerprint}, sort_keys=True)
-    table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=SCHEMA)
+    table = pa.Table.from_pylist([vars(row) for row in rows], schema=SCHEMA)
     return parquet.to_bytes(table.replace_schema_metadata({_FACTS: facts}))
 
 

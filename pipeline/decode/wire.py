@@ -8,7 +8,6 @@ Errors: KeyError for a dictionary that the other side did not make.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -31,9 +30,14 @@ Json = dict[str, Any]
 
 def request_to_json(request: DecodeRequest) -> Json:
     """All of a request."""
-    fields = dataclasses.asdict(request)
-    fields["grid"]["fps"] = None if request.grid.fps is None else str(request.grid.fps)
-    return fields
+    fps = request.grid.fps
+    return {
+        "source": dict(vars(request.source)),
+        "grid": {"fps": None if fps is None else str(fps), "frame_step": request.grid.frame_step},
+        "windows": [dict(vars(window)) for window in request.windows],
+        "shape": dict(vars(request.shape)),
+        "decoder": request.decoder,
+    }
 
 
 def request_from_json(fields: Json) -> DecodeRequest:

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import pipeline.commit
 from pipeline import ledger, store
-from pipeline.commit import CommitReport, RowResult, commit
+from pipeline.commit import CommitReport, RowResult, _channel_statistics, commit
 from pipeline.placement import Clip
 from pipeline.plan import Plan, Unit
-from pipeline.recipe import EncodeConfig
+from pipeline.recipe import EncodeConfig, StoreDtype
 from pipeline.storage import LocalStorage
-from pipeline.store import checksum, encode_shard, read_unit, shard_name, to_float32
+from pipeline.store import checksum, encode_shard, read_unit, shard_name, to_float32, to_stored
 from tests.fakes import FakeEncoder, fake_recipe
 from tests.plans import clips_of, encode_rows, encode_unit, fragment, media_info, planned_store
 
@@ -96,6 +98,42 @@ def test_a_unit_is_a_shard_and_a_ledger_fragment(ready: Ready) -> None:
         "channel_mean": pytest.approx(values.mean(axis=(1, 2, 3)).tolist()),
         "channel_variance": pytest.approx(values.var(axis=(1, 2, 3)).tolist()),
     }
+
+
+def rows_of_every_size(dtype: StoreDtype) -> Iterator[np.ndarray]:
+    """Latents of many magnitudes, so that their sums depend on the order of addition; and zeros of both signs."""
+    random = np.random.default_rng(0)
+    for shape in [(16, 3, 8, 8), (4, 5, 16, 16), (1, 1, 1, 1), (7, 1, 1, 1), (16, 1, 1, 3), (3, 7, 11, 13)]:
+        values = random.normal(size=shape) * 10.0 ** random.integers(-3, 4, shape)
+        yield to_stored(values.astype(np.float32), dtype)
+    yield to_stored(np.copysign(0, random.normal(size=(4, 3, 5, 7))).astype(np.float32), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_statistics_are_those_of_each_channel_by_itself(monkeypatch: pytest.MonkeyPatch, dtype: StoreDtype) -> None:
+    """To the last bit, however many channels are taken at a time."""
+    for row in rows_of_every_size(dtype):
+        channels = [to_float32(channel, dtype).astype(np.float64) for channel in row]
+        expected = [
+            [float(channel.min()) for channel in channels],
+            [float(channel.max()) for channel in channels],
+            [float(channel.mean()) for channel in channels],
+            [float(channel.var()) for channel in channels],
+        ]
+        for most in (1, 2 * row[0].size, 2 * row[0].size + 1, 1 << 18):
+            monkeypatch.setattr(pipeline.commit, "_GROUP_VALUES", most)
+            assert np.array(_channel_statistics(row, dtype)).tobytes() == np.array(expected).tobytes()
+
+
+def test_statistics_of_a_large_latent_take_little_memory() -> None:
+    row = np.ones((64, 4, 256, 256), np.float16)
+    tracemalloc.start()
+    try:
+        _channel_statistics(row, "float16")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < row.nbytes / 2
 
 
 def test_the_last_unit_may_be_short(ready: Ready) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline import ledger, parquet
@@ -70,6 +71,12 @@ def test_rows_survive_their_file_and_give_the_same_bytes(storage: LocalStorage) 
     assert ledger.read_rows(storage, NAME, ["key", "row"]) == [{"key": "../k é", "row": 3}, {"key": "b", "row": 4}]
     assert ledger.read_fragment(storage, NAME).plan == "f" * 64
     assert parquet.from_bytes(storage.read(NAME))[0].equals(SCHEMA)
+
+
+def test_a_fragment_has_the_bytes_of_the_rows_as_dicts() -> None:
+    data = ledger.to_parquet(ROWS, "f" * 64)
+    table = pa.Table.from_pylist([dataclasses.asdict(row) for row in ROWS], schema=SCHEMA)
+    assert parquet.to_bytes(table.replace_schema_metadata(parquet.from_bytes(data)[0].metadata)) == data
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.storage import MemoryStore
 
 from pipeline import store
 from pipeline.buckets import Bucket
@@ -17,7 +21,7 @@ from pipeline.errors import MismatchError, StoreError, UsageError
 from pipeline.plan import Unit
 from pipeline.recipe import EncodeConfig, Recipe, StoreDtype, to_tree
 from pipeline.storage import LocalStorage
-from pipeline.store import Header, checksum, decode_shard, encode_shard, to_float32, to_stored
+from pipeline.store import Header, checksum, decode_shard, encode_shard, to_float32, to_float64, to_stored
 from tests.fakes import FAKE_CARD, fake_recipe
 from tests.plans import fragment, media_info, planned_store
 
@@ -65,6 +69,13 @@ def test_stored_values_are_those_of_torch(dtype: StoreDtype) -> None:
     np.testing.assert_array_equal(to_float32(to_stored(values, dtype), dtype), expected)
     back = to_float32(to_stored(values, dtype), dtype)
     np.testing.assert_array_equal(np.signbit(back[~np.isnan(back)]), np.signbit(expected[~np.isnan(expected)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float64_holds_the_values_of_float32(dtype: StoreDtype) -> None:
+    stored = to_stored(np.array([*SPECIAL, np.pi, 1e-7], np.float32), dtype)
+    expected = to_float32(stored, dtype).astype(np.float64)
+    assert to_float64(stored, dtype).tobytes() == expected.tobytes()
 
 
 def test_every_nan_is_the_fill_value_in_bfloat16() -> None:
@@ -123,6 +134,77 @@ def test_shards_are_byte_for_byte_those_of_zarr_python(
         for path in (Path(storage.url) / store.array_name(BUCKET) / "zarr.json", tmp_path / "plain" / "zarr.json")
     )
     assert ours_meta == plain_meta
+
+
+ROWS_OF: dict[str, Callable[[np.ndarray, Any], None]] = {
+    "random": lambda _row, _nan: None,
+    "absent": lambda row, nan: row.fill(nan),
+    "another NaN": lambda row, _nan: row.view(np.uint8).fill(0xFF),
+    "first value NaN": lambda row, nan: row.put(0, nan),
+    "all NaN but the last": lambda row, nan: row.put(range(row.size - 1), nan),
+    "zero": lambda row, _nan: row.fill(0),
+    "negative zero": lambda row, _nan: row.fill(
+        np.copysign(row.dtype.type(0), -1) if row.dtype.kind == "f" else 0x8000
+    ),
+    "infinite": lambda row, _nan: row.fill(np.inf if row.dtype.kind == "f" else 0x7F80),
+}
+
+
+def zarr_shard(recipe: Recipe, rows: np.ndarray) -> bytes:
+    """What zarr-python writes for the rows of one unit; nothing when all are absent."""
+    objects: dict[str, Any] = {}
+    array = zarr.create_array(
+        MemoryStore(objects),
+        shape=rows.shape,
+        chunks=(1, *rows.shape[1:]),
+        shards=(recipe.unit_rows(BUCKET), *rows.shape[1:]),
+        dtype=rows.dtype,
+        serializer=BytesCodec(),
+        compressors=[Crc32cCodec()],
+        fill_value=store.stored_nan(recipe.encode.dtype),
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    array[:] = rows
+    return objects["c.0.0.0.0.0"].to_bytes() if "c.0.0.0.0.0" in objects else b""
+
+
+@settings(max_examples=80)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    kinds=st.lists(st.sampled_from(list(ROWS_OF)), min_size=1, max_size=8),
+    missing=st.integers(0, 2),
+)
+@example(dtype="float16", kinds=["absent"] * 4, missing=0)
+@example(dtype="float32", kinds=list(ROWS_OF), missing=0)
+@example(dtype="bfloat16", kinds=list(ROWS_OF), missing=2)
+def test_any_unit_is_byte_for_byte_that_of_zarr_python(dtype: StoreDtype, kinds: list[str], missing: int) -> None:
+    """Whatever its rows hold, and with `missing` rows at its end."""
+    recipe = recipe_of(dtype, unit_rows=2 * -(-(len(kinds) + missing) // 2))
+    rows = random_rows(recipe)[: len(kinds)]
+    for row, kind in zip(rows, kinds, strict=True):
+        ROWS_OF[kind](row, store.stored_nan(dtype))
+    data = encode_shard(recipe, BUCKET, rows)
+    assert data == zarr_shard(recipe, rows)
+    assert (data == b"") == (set(kinds) <= ({"absent"} if dtype == "bfloat16" else {"absent", "another NaN"}))
+    if data:
+        back = decode_shard(recipe, BUCKET, data, "name")
+        np.testing.assert_array_equal(to_float32(back[: len(rows)], dtype), to_float32(rows, dtype))
+
+
+def test_rows_in_any_layout_make_the_same_shard() -> None:
+    recipe = recipe_of("float32")
+    rows = random_rows(recipe)
+    data = encode_shard(recipe, BUCKET, rows)
+    for other in (np.asfortranarray(rows), rows.astype(">f4"), np.repeat(rows, 2, axis=0)[::2]):
+        assert encode_shard(recipe, BUCKET, other) == data
+
+
+def test_rows_that_are_not_of_the_unit_are_refused() -> None:
+    recipe = recipe_of("float16")
+    rows = random_rows(recipe)
+    for other in (rows[:, :3], rows[..., None], np.concatenate([rows, rows[:1]])):
+        with pytest.raises(ValueError, match=r"a unit of 9x32x32 has at most 4 rows of \(4, 3, 4, 4\), got"):
+            encode_shard(recipe, BUCKET, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
