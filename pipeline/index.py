@@ -152,7 +152,8 @@ def to_parquet(fragment: IndexFragment) -> bytes:
     }
     text = json.dumps(header, sort_keys=True).encode()
     schema = SCHEMA.with_metadata({_HEADER_KEY: text, _DIGEST_KEY: _digest(text)})
-    table = pa.Table.from_pylist([dataclasses.asdict(sample) for sample in fragment.samples], schema=schema)
+    rows = [vars(sample) | {"media": sample.media and vars(sample.media)} for sample in fragment.samples]
+    table = pa.Table.from_pylist(rows, schema=schema)
     return parquet.to_bytes(table)
 
 

@@ -11,6 +11,7 @@ Keys come from the tar and are kept verbatim, `../` included: they are identifie
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -73,13 +74,13 @@ class SampleParts:
     duplicate: bool = False
     damage: Damage | None = None
 
-    @property
+    @functools.cached_property
     def media(self) -> Member | None:
         """The first video, or else the first image."""
         candidates = [member for member in self.members if media_kind(member.name)]
         return min(candidates, key=lambda member: media_kind(member.name) != "video", default=None)
 
-    @property
+    @functools.cached_property
     def caption_member(self) -> Member | None:
         """The member `key.txt`, or else the first whose extension ends so."""
         candidates = [member for member in self.members if _suffix(member.name) == "txt"]
@@ -115,6 +116,7 @@ class SampleParts:
         return None
 
 
+@functools.lru_cache(maxsize=256)  # a sample's names are asked for again and again while it is described
 def split_name(name: str) -> tuple[str, str] | None:
     """Key (directory and base name up to its first dot) and extension, in lower case; None for a name without."""
     base = name.rpartition("/")[2]
