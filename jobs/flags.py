@@ -131,7 +131,8 @@ class EngineFlags(TrialFlags, ClusterFlags):
     """With Ray: decode in processes beside each encode worker, which share its node's CPUs (nothing crosses the
     network), or in tasks on any node (for GPU nodes that have too few CPUs)."""
     unit_timeout_seconds: float = 3600.0
-    """A worker that holds units and reports nothing for so long is killed and replaced."""
+    """A worker that holds n units and reports nothing for n times as long is killed and replaced (it may encode long
+    clips of several units by turns)."""
     progress_seconds: float = 10.0
     """Seconds between progress lines."""
 

@@ -102,19 +102,26 @@ class Controller:
         self._fresh: Iterator[Unit] = iter(units)
         self._again: deque[Unit] = deque()
         self._leases: dict[str, list[Unit]] = {}
+        self._in_flight = 0
         self._suspicion: Counter[Unit] = Counter()  # of units that are not done
         self._tries: Counter[Unit] = Counter()  # likewise
         self._lost_workers = 0
 
     def lease(self, worker: str) -> Unit | None:
         """The next unit for a worker, or None when it has enough or nothing is left."""
-        held = self._leases.setdefault(worker, [])
-        if len(held) >= self.policy.units_in_flight or any(self._is_alone(unit) for unit in held):
+        if not self.has_room(worker):
             return None
+        held = self._leases.setdefault(worker, [])
         unit = self._next(bool(held))
         if unit is not None:
             held.append(unit)
+            self._in_flight += 1
         return unit
+
+    def has_room(self, worker: str) -> bool:
+        """Whether a worker may hold another unit."""
+        held = self._leases.get(worker, ())
+        return len(held) < self.policy.units_in_flight and not any(self._is_alone(unit) for unit in held)
 
     def _next(self, worker_is_busy: bool) -> Unit | None:
         for _ in range(len(self._again)):
@@ -135,13 +142,17 @@ class Controller:
 
     @property
     def in_flight(self) -> int:
-        return sum(len(units) for units in self._leases.values())
+        return self._in_flight
+
+    def has_units(self) -> bool:
+        """Whether anything is left to lease."""
+        if not self._again:
+            self._again.extend(itertools.islice(self._fresh, 1))
+        return bool(self._again)
 
     def finished(self) -> bool:
         """Whether nothing is leased and nothing is left to lease."""
-        if not self._again:
-            self._again.extend(itertools.islice(self._fresh, 1))
-        return not self._again and not self.in_flight
+        return not self.has_units() and not self._in_flight
 
     def done(self, worker: str, report: UnitReport) -> None:
         """A unit is committed.
@@ -178,6 +189,7 @@ class Controller:
             JobError: too many workers died.
         """
         units = self._leases.pop(worker, [])
+        self._in_flight -= len(units)
         if infrastructure:
             self._again.extend(units)
             return
@@ -199,6 +211,7 @@ class Controller:
         if unit not in held:
             raise RuntimeError(f"{worker} reports {unit.name}, which is not leased to it")
         held.remove(unit)
+        self._in_flight -= 1
 
     def judge(self) -> None:
         """Compare the failures with what the job allows.

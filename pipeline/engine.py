@@ -2,7 +2,7 @@
 
 In:   a Controller and an Engine (start a worker, submit a unit, wait for events).
 Out:  every unit committed or given up.
-Cost: microseconds per event and worker; the loop sleeps in `Engine.wait`.
+Cost: microseconds per event, and once a second per worker; the loop sleeps in `Engine.wait`.
 Errors: JobError from the controller, or for units that were given up; Interrupted when `stop` was set.
 """
 
@@ -95,7 +95,7 @@ class Engine(Protocol):
 
 
 class _Run:
-    """The state of one loop: which workers are starting, ready, and since when units are out."""
+    """The state of one loop: which workers are starting, ready and hungry, and since when units are out."""
 
     def __init__(
         self,
@@ -109,7 +109,9 @@ class _Run:
         self.num_workers, self.unit_timeout_seconds = num_workers, unit_timeout_seconds
         self.starting: set[str] = set()
         self.ready: set[str] = set()
+        self.hungry: set[str] = set()  # those ready that may hold another unit
         self.busy_since: dict[str, float] = {}  # a ready worker's last event, or its first lease after it was empty
+        self.looked_at = clock()  # when all workers were last looked at for one that hangs
 
     def repair(self) -> None:
         while len(self.starting) + len(self.ready) < self.num_workers:
@@ -117,9 +119,9 @@ class _Run:
 
     def feed(self) -> None:
         """Lease units by turns: of the last few, no worker gets all."""
-        hungry = sorted(self.ready)
-        while hungry:
-            hungry = [worker for worker in hungry if self._feed_one(worker)]
+        turn = sorted(self.hungry) if self.controller.has_units() else []
+        while turn:
+            turn = [worker for worker in turn if self._feed_one(worker)]
 
     def _feed_one(self, worker: str) -> bool:
         """Whether the worker took a unit."""
@@ -128,6 +130,8 @@ class _Run:
         unit = self.controller.lease(worker)
         if unit is not None:
             self.engine.submit(worker, unit)
+        elif not self.controller.has_room(worker):
+            self.hungry.discard(worker)
         return unit is not None
 
     def handle(self, event: Event) -> None:
@@ -136,23 +140,34 @@ class _Run:
         if isinstance(event, WorkerReady):
             self.starting.discard(worker)
             self.ready.add(worker)
+            self.hungry.add(worker)
         elif isinstance(event, UnitDone):
+            self.hungry.add(worker)
             self.controller.done(worker, event.report)
         elif isinstance(event, UnitFailed):
+            self.hungry.add(worker)
             self.controller.failed(worker, event.unit, event.error)
         else:
             self.starting.discard(worker)
             self.ready.discard(worker)
+            self.hungry.discard(worker)
             del self.busy_since[worker]
             self.controller.lost(worker, event.cause, event.infrastructure)
 
     def kill_hung(self) -> None:
+        """Look at all workers, once a second at most."""
         now = self.clock()
-        for worker in sorted(self.ready):
-            is_silent = now - self.busy_since[worker] > self.unit_timeout_seconds
-            if is_silent and self.controller.leases_of(worker):
-                self.busy_since[worker] = now
-                self.engine.kill_worker(worker)
+        if now - self.looked_at < _TICK_SECONDS:
+            return
+        self.looked_at = now
+        for worker in sorted(worker for worker in self.ready if self._hangs(worker, now)):
+            self.busy_since[worker] = now
+            self.engine.kill_worker(worker)
+
+    def _hangs(self, worker: str, now: float) -> bool:
+        """Whether a worker is silent for longer than its units may take, which it may encode by turns."""
+        allowed_seconds = self.unit_timeout_seconds * len(self.controller.leases_of(worker))
+        return 0 < allowed_seconds < now - self.busy_since[worker]
 
 
 def run(
@@ -171,7 +186,8 @@ def run(
         controller: knows the units that are left.
         engine: where workers live; the caller closes it.
         num_workers: how many workers to keep alive.
-        unit_timeout_seconds: a worker that holds units and reports nothing for so long is killed and replaced.
+        unit_timeout_seconds: a worker that holds n units and reports nothing for n times as long is killed and
+            replaced: long clips are encoded by turns, and several units end together.
         stop: ends the job between two events.
         on_tick: told, at least once a second, what has happened since.
         clock: seconds that never go back.

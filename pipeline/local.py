@@ -72,8 +72,8 @@ class LocalEngine:
 
     def kill_worker(self, worker: str) -> None:
         raise JobError(
-            f"the {worker} worker reports nothing for --unit-timeout-seconds, and a thread of this process cannot be "
-            "killed: give it more seconds, or run without --local"
+            f"the {worker} worker reports nothing for --unit-timeout-seconds per unit that it holds, and a thread of "
+            "this process cannot be killed: give it more seconds, or run without --local"
         )
 
     def close(self) -> None:

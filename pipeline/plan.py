@@ -18,6 +18,8 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import pyarrow as pa
+
 from pipeline.buckets import Bucket
 from pipeline.errors import MismatchError, ShardError, StoreError
 from pipeline.generation import PLANNED, Generation, Line, from_parquet
@@ -156,7 +158,9 @@ class Plan:
 def load_plan(storage: Storage, recipe: Recipe) -> Plan:
     """The plan in a store; empty when there is none yet."""
     names = [name for name in storage.list("plan/") if name.endswith(".parquet")]
-    return Plan([from_parquet(storage.read(name), name) for name in names], recipe)
+    plan = Plan([from_parquet(storage.read(name), name) for name in names], recipe)
+    pa.default_memory_pool().release_unused()  # Arrow keeps what reading took, which is more than the lines.
+    return plan
 
 
 def new_shards(plan: Plan, shards: Iterable[ShardRef]) -> list[ShardRef]:

@@ -111,7 +111,7 @@ def test_a_hung_worker_is_killed_after_the_timeout_and_replaced() -> None:
 
     engine, controller = FakeEngine(fate), Controller(units(5), Policy(units_in_flight=2))
     drive(engine, controller, 1, timeout_seconds=30)
-    assert engine.killed == [(32.0, "w0")]  # ready at 1, over 30 seconds later
+    assert engine.killed == [(62.0, "w0")]  # ready at 1 with two units, over 2 x 30 seconds later
     assert engine.started == ["w0", "w1"]
     assert controller.progress.units == 5
 
@@ -127,8 +127,33 @@ def test_a_worker_that_is_slow_to_die_is_not_killed_at_every_turn() -> None:
         return UnitDone(worker, report(unit))
 
     engine = Slow(fate)
-    drive(engine, Controller(units(2), Policy()), 1, timeout_seconds=30)
+    drive(engine, Controller(units(1), Policy()), 1, timeout_seconds=30)
     assert engine.killed == [(32.0, "w0")]
+
+
+def test_units_that_are_encoded_by_turns_have_their_time_each() -> None:
+    """Three films of 25 seconds alone, by turns: all end after 75. Only the one that hangs alone for 30 is killed."""
+
+    def fate(worker: str, unit: Unit) -> Event | None:
+        hangs = unit.number == 3 and worker == "w0"
+        return UnitDone(worker, report(unit)) if engine.now > 75 and not hangs else None
+
+    engine = FakeEngine(fate)
+    drive(engine, Controller(units(4), Policy(units_in_flight=3)), 1, timeout_seconds=30)
+    last_event = 78.0  # one unit a turn, from 76 on
+    assert engine.killed == [(last_event + 31, "w0")]
+
+
+def test_all_of_many_workers_that_hang_are_killed_in_order() -> None:
+    def fate(worker: str, unit: Unit) -> Event | None:
+        return None if int(worker[1:]) < 3 else UnitDone(worker, report(unit))
+
+    engine, controller = FakeEngine(fate), Controller(units(9), Policy(units_in_flight=1))
+    engine.seconds_per_wait = 0.25
+    drive(engine, controller, 3, timeout_seconds=30)
+    assert [name for _, name in engine.killed] == ["w0", "w1", "w2"]
+    assert all(30 < now <= 31.5 for now, _ in engine.killed)
+    assert controller.progress.units == 9
 
 
 def test_a_worker_that_reports_in_time_is_not_killed() -> None:
@@ -224,3 +249,82 @@ def test_the_last_units_are_shared_among_the_workers() -> None:
         clock=engine.clock,
     )  # fmt: skip
     assert leased == [2, 2, 1, 1]
+
+
+def test_a_worker_that_was_refused_takes_what_another_gives_back() -> None:
+    """There is nothing for w2 before w0 is lost; it need not wait for w3, which is started instead."""
+
+    def fate(worker: str, unit: Unit) -> Event | None:
+        if engine.now < (20 if worker == "w1" else 10):
+            return None
+        if worker == "w0":
+            return WorkerLost(worker, "preempted", infrastructure=True)
+        done.append((worker, unit.number))
+        return UnitDone(worker, report(unit))
+
+    done: list[tuple[str, int]] = []
+    engine = FakeEngine(fate)
+    drive(engine, Controller(units(2), Policy(units_in_flight=1)), 3)
+    assert done == [("w2", 0), ("w1", 1)]
+
+
+class Counting(Controller):
+    """Counts what the loop asks about single workers."""
+
+    asked = 0
+
+    def lease(self, worker: str) -> Unit | None:
+        self.asked += 1
+        return super().lease(worker)
+
+    def has_room(self, worker: str) -> bool:
+        self.asked += 1
+        return super().has_room(worker)
+
+    def leases_of(self, worker: str) -> tuple[Unit, ...]:
+        self.asked += 1
+        return super().leases_of(worker)
+
+
+class OneByOne(FakeEngine):
+    """Tells of one event at a time, as a large cluster does, a thousand times a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds_per_wait = 0.001
+
+    def submit(self, worker: str, unit: Unit) -> None:
+        self.events.append(UnitDone(worker, report(unit)))
+
+    def wait(self, timeout_seconds: float) -> Sequence[Event]:
+        self.now += self.seconds_per_wait
+        return [self.events.pop(0)]
+
+
+def test_a_turn_costs_what_happened_in_it_and_not_all_workers() -> None:
+    asked = {}
+    for num_workers in (2, 400):
+        controller = Counting(units(2000), Policy())
+        engine = OneByOne()
+        drive(engine, controller, num_workers)
+        assert controller.progress.units == 2000
+        looks = (engine.now + 1) * num_workers  # at all workers for one that hangs, once a second
+        asked[num_workers] = (controller.asked - looks) / 2000
+    assert asked[400] < asked[2] + 3 < 12, "questions per unit grow with the number of workers"
+
+
+def test_units_in_flight_are_not_counted_at_every_turn() -> None:
+    """`finished` is asked every turn; at the end of a job nothing is left but what is in flight."""
+    lookups = 0
+
+    class Leases(dict[str, list[Unit]]):
+        def values(self):  # type: ignore[no-untyped-def]
+            nonlocal lookups
+            lookups += 1
+            return super().values()
+
+    controller = Controller(units(6), Policy(units_in_flight=1))
+    controller._leases = Leases()
+    drive(FakeEngine(), controller, 3)
+    assert controller.progress.units == 6
+    assert lookups == 0
