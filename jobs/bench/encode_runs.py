@@ -24,6 +24,7 @@ from typing import Any
 from jobs.bench.config import OURS
 from jobs.bench.processes import Watched, watch
 from pipeline.account import take_account
+from pipeline.decode.child_process import MALLOC_ENVIRONMENT
 from pipeline.index import list_fragments, read_fragment
 from pipeline.placement import PlacedShard
 from pipeline.plan import load_plan
@@ -128,7 +129,9 @@ def _bare(job: Job, what: str, store: Path, encoder: str, threads: int, output: 
     spec = {"what": what, "store": str(store), "encoder": encoder, "encode_threads": threads, "output": str(output)}
     path.write_text(json.dumps(spec))
     try:
-        watched = _require(watch([sys.executable, "-m", "jobs.bench.encode_bare", str(path)], job.limit_seconds))
+        environment = [f"{name}={value}" for name, value in MALLOC_ENVIRONMENT.items()]  # our decode, as jobs run it
+        argv = ["env", *environment, sys.executable, "-m", "jobs.bench.encode_bare", str(path)]
+        watched = _require(watch(argv, job.limit_seconds))
     finally:
         shutil.rmtree(output)
     result: Json = json.loads(watched.stdout[-1][1])

@@ -29,7 +29,8 @@ _PIPE_BYTES = 1 << 16
 # Else glibc gives a decoder's memory back after each clip or frame and takes it anew: page faults were a tenth of the
 # decode time. Frames up to 4K stay in the heap, which keeps what one decoder needs. (Setting one alone is worse: that
 # ends glibc's own adjusting of the other.)
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(16 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
+"""Of decode processes, where the user has set nothing else."""
 
 
 class ChildLost(Exception):  # noqa: N818 (an event, told to the caller as a DecodeError)
@@ -55,7 +56,7 @@ class ChildProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(self.arena.fd,),
-            env=_MALLOC | os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=MALLOC_ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
         self.pid = self._process.pid
         assert self._process.stdin is not None
