@@ -30,6 +30,7 @@ _HINTS = {
 REMOTE_SCHEMES = tuple(_HINTS)
 # A put of a unit (64 MB) has to end within the timeout; a dead service costs the retries, once.
 _CLIENT_OPTIONS: ClientConfig = {"allow_http": True, "connect_timeout": "5s", "timeout": "60s"}
+_BEYOND_THE_END = "416 Range Not Satisfiable"  # where the range begins
 _RETRIES: RetryConfig = {"max_retries": 4, "retry_timeout": dt.timedelta(seconds=60)}
 
 
@@ -89,10 +90,18 @@ class ObjectClient:
         with self._readable_errors(name):
             return bytes(self._obstore.get(self._store, name).bytes())
 
-    def get_range(self, name: str, offset: int, size_bytes: int) -> bytes:
-        """Bytes [offset, offset + size_bytes), of which at least one is there."""
+    def get_range(self, name: str, offset: int, size_bytes: int) -> tuple[bytes, int]:
+        """Those of the bytes [offset, offset + size_bytes) that are there, and the size of the whole object."""
+        from obstore.exceptions import BaseError
+
         with self._readable_errors(name):
-            return bytes(self._obstore.get_range(self._store, name, start=offset, length=size_bytes))
+            try:
+                part = self._obstore.get(self._store, name, options={"range": (offset, offset + size_bytes)})
+                return bytes(part.bytes()), int(part.meta["size"])
+            except BaseError as error:
+                if _BEYOND_THE_END not in str(error):
+                    raise
+                return b"", int(self._obstore.head(self._store, name)["size"])
 
     def put(self, name: str, data: bytes) -> None:
         """Write or replace, whole."""

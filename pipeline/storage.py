@@ -3,7 +3,7 @@
 In:   a path, or an s3:// or gs:// url.
 Out:  file-like ranges; a Storage whose `put_if_absent` is the one atomic commit of the whole project.
 Cost: a local commit is write, fsync, link, fsync of the directory; a remote one is a single conditional put. A remote
-      range costs one HEAD, and a request per megabyte read in order (per read, when that is larger).
+      range costs a request when it is opened, and few more where it is larger (pipeline.block_cache).
 Errors: UsageError for a url of another kind; ShardError when an input cannot be opened, OSError when reading it breaks
       off; StoreError when an output cannot be read or written.
 """
@@ -13,23 +13,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import os
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, Protocol
 
+from pipeline.block_cache import BlockCache
+from pipeline.byte_range import ByteRange
 from pipeline.errors import ShardError, StoreError, UsageError
 from pipeline.object_store import REMOTE_SCHEMES, ObjectStorage, client_of
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-_LOCAL_READ_AHEAD_BYTES = 1 << 16
-_REMOTE_READ_AHEAD_BYTES = 1 << 20
+_READ_AHEAD_BYTES = 1 << 16
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
 
 
@@ -83,71 +82,24 @@ def open_range(url: str, offset: int = 0, size_bytes: int | None = None) -> IO[b
         ShardError: it cannot be opened.
     """
     if is_remote(url):
-        client, name = client_of(url)
-        size = _clip(offset, size_bytes, stat_object(url).size_bytes)
-        raw = _ByteRange(lambda start, count: client.get_range(name, start, count), offset, size)
-        return io.BufferedReader(raw, _REMOTE_READ_AHEAD_BYTES)
+        return io.BufferedReader(_remote_range(url, offset, size_bytes), _READ_AHEAD_BYTES)
     try:
         handle = Path(url).open("rb", buffering=0)  # noqa: SIM115 (the range closes it)
     except OSError as error:
         raise ShardError(f"cannot read shard {url}: {error.strerror}") from error
-    size = _clip(offset, size_bytes, os.fstat(handle.fileno()).st_size)
-    raw = _ByteRange(lambda start, count: os.pread(handle.fileno(), count, start), offset, size, handle.close)
-    return io.BufferedReader(raw, _LOCAL_READ_AHEAD_BYTES)
+    there = max(0, os.fstat(handle.fileno()).st_size - offset)
+    size = there if size_bytes is None else min(size_bytes, there)
+    raw = ByteRange(lambda start, count: os.pread(handle.fileno(), count, start), offset, size, handle.close)
+    return io.BufferedReader(raw, _READ_AHEAD_BYTES)
 
 
-def _clip(offset: int, size_bytes: int | None, total_bytes: int) -> int:
-    there = max(0, total_bytes - offset)
-    return there if size_bytes is None else min(size_bytes, there)
-
-
-class _ByteRange(io.RawIOBase):
-    """Bytes [offset, offset + size_bytes) of whatever `fetch(offset, size_bytes)` reads from."""
-
-    def __init__(
-        self,
-        fetch: Callable[[int, int], bytes],
-        offset: int,
-        size_bytes: int,
-        on_close: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__()
-        self._fetch, self._offset, self._size, self._on_close = fetch, offset, size_bytes, on_close
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer)
-        data = self._next(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        # RawIOBase would ask for 8 kB at a time: a request each.
-        return b"".join(iter(lambda: self._next(self._size), b""))
-
-    def _next(self, size_bytes: int) -> bytes:
-        wanted = min(size_bytes, max(0, self._size - self._position))
-        data = self._fetch(self._offset + self._position, wanted) if wanted else b""
-        self._position += len(data)
-        return data
-
-    def close(self) -> None:
-        self._on_close()
-        super().close()
+def _remote_range(url: str, offset: int, size_bytes: int | None) -> ByteRange:
+    client, name = client_of(url)
+    try:
+        blocks = BlockCache(functools.partial(client.get_range, name), offset, size_bytes)
+    except OSError as error:
+        raise ShardError(f"cannot read shard {url}: {error.strerror or error}") from error
+    return ByteRange(blocks.read, offset, blocks.size_bytes, blocks.close)
 
 
 class Storage(Protocol):
@@ -256,8 +208,8 @@ class LocalStorage:
         with _store_errors("list", base):
             if not base.is_dir():
                 return []
-            paths = [Path(folder, name) for folder, _, files in os.walk(base, onerror=_raise) for name in files]
-        return sorted(path.relative_to(self._root).as_posix() for path in paths)
+            folder = base.relative_to(self._root).as_posix()
+            return sorted(_files_below(str(base), "" if folder == "." else f"{folder}/"))
 
     def delete(self, name: str) -> None:
         with _store_errors("delete", self._root / name):
@@ -283,8 +235,17 @@ def _remedy(error: OSError) -> str:
     return "look at the file system, then run the same command again"
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _files_below(folder: str, prefix: str) -> Iterator[str]:
+    """Names of the files below a folder, each after the prefix; links to folders are neither followed nor named.
+
+    Strings alone, one at a time: a ledger has millions of names.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield prefix + entry.name
+            elif not entry.is_symlink():
+                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
 
 
 def _make_directory(directory: Path) -> None:

@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import object_store
+from pipeline import storage as storage_module
+from pipeline.block_cache import OPENING_BYTES, BlockCache
 from pipeline.errors import ShardError, StoreError, UnitError, UsageError
 from pipeline.storage import LocalStorage, ObjectStorage, Storage, is_remote, open_range, open_storage, stat_object
+from pipeline.tarscan import scan
 from tests.object_server import object_server
 
 Make = Callable[[], Storage]
+Asked = list[tuple[str, int, int]]
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +243,56 @@ class TestLocalCommit:
         with pytest.raises(StoreError, match="cannot list"):
             LocalStorage(tmp_path).list("")
 
+    @pytest.mark.parametrize(("error", "number"), [(PermissionError, errno.EACCES), (FileNotFoundError, errno.ENOENT)])
+    def test_a_nested_folder_that_vanishes_or_is_unreadable_is_not_an_empty_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError], number: int
+    ) -> None:
+        storage = LocalStorage(tmp_path)
+        for name in ("a/b/1", "a/c/2", "3"):
+            storage.put(name, b"x")
+        scandir = os.scandir
+
+        def sometimes(path: str | Path) -> Any:
+            if Path(path).name == "c":
+                raise error(number, "gone or closed", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", sometimes)
+        assert storage.list("a/b/") == ["a/b/1"]
+        for prefix in ("", "a/", "a/c/"):
+            with pytest.raises(StoreError, match=r"cannot list .*gone or closed: ") as caught:
+                storage.list(prefix)
+            assert type(caught.value.__cause__) is error
+
+    @pytest.mark.parametrize("prefix", ["", "a/", "a", "a/b c/", "a//d/", "a/d/../", "empty/", "a/1", "none/"])
+    def test_a_listing_is_every_file_below_by_name(self, tmp_path: Path, prefix: str) -> None:
+        """As pathlib names them; links to folders are not followed, all other links are files."""
+        for name in ("top", ".hidden", "a/1", "a/10", "a/2", "a/b c/x.parquet", "a/d/e/f/g", "a/d/é", "a.z/1", "ab"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        (tmp_path / "empty" / "too").mkdir(parents=True)
+        (tmp_path / "a" / "to-folder").symlink_to(tmp_path / "a" / "d")
+        (tmp_path / "a" / "to-file").symlink_to(tmp_path / "top")
+        (tmp_path / "a" / "to-nothing").symlink_to(tmp_path / "nothing")
+        found = [Path(folder, name) for folder, _, names in os.walk(tmp_path / prefix) for name in names]
+        expected = sorted(path.relative_to(tmp_path).as_posix() for path in found)
+        assert LocalStorage(tmp_path).list(prefix) == expected
+        assert bool(expected) == (prefix not in ("empty/", "a/1", "none/"))
+
+    def test_a_listing_costs_a_name_for_each_file(self, tmp_path: Path) -> None:
+        count = 1000
+        (tmp_path / "ledger").mkdir()
+        for number in range(count):
+            (tmp_path / "ledger" / f"{number:06d}.parquet").touch()
+        storage = LocalStorage(tmp_path)
+        tracemalloc.start()
+        names = storage.list("ledger/")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        size = sum(sys.getsizeof(name) for name in names)
+        assert len(names) == count
+        assert peak < size + 40 * count, "more is held than the names"
+
 
 class TestRanges:
     CONTENT = bytes(range(256)) * 40
@@ -297,34 +353,115 @@ class TestRanges:
             with pytest.raises(ShardError, match="shard"):
                 function(str(tmp_path))
 
-    def test_a_remote_range_asks_for_ranges(self, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        content = os.urandom(5 << 20)
-        ObjectStorage("s3://videos").put("big.tar", content)
-        asked: list[tuple[int, int]] = []
-        real = object_store.ObjectClient.get_range
+    def test_a_small_remote_range_is_one_request(self, asked: Asked) -> None:
+        """No HEAD, and no second GET, wherever it is read."""
+        content = os.urandom(700_000)
+        ObjectStorage("s3://videos").put("small.tar", content)
+        with open_range("s3://videos/small.tar", 1000, 600_000) as file:
+            assert file.seek(0, io.SEEK_END) == 600_000
+            for place in (590_000, 0, 300_000, 0, 590_000):
+                file.seek(place)
+                assert file.read(10_000) == content[1000 + place :][:10_000]
+            file.seek(0)
+            assert file.read() == content[1000:601_000]
+        assert asked == [("GET", 1000, 600_000)]
 
-        def get_range(self: object_store.ObjectClient, name: str, offset: int, size_bytes: int) -> bytes:
-            asked.append((offset, size_bytes))
-            return real(self, name, offset, size_bytes)
+    def test_an_empty_remote_range_is_one_of_an_object_that_is_there(self, server: str) -> None:
+        ObjectStorage("s3://videos").put("there.tar", b"abc")
+        with open_range("s3://videos/there.tar", 1, 0) as file:
+            assert file.read() == b""
+        with pytest.raises(ShardError, match="cannot read shard"):
+            open_range("s3://videos/not-there.tar", 1, 0)
 
-        monkeypatch.setattr(object_store.ObjectClient, "get_range", get_range)
-        megabyte = 1 << 20
-        with open_range("s3://videos/big.tar", megabyte, 3 * megabyte) as file:
-            for _ in range(100):
-                file.read(512)
-            assert asked == [(megabyte, megabyte)]
-        asked.clear()
-        with open_range("s3://videos/big.tar", megabyte, 3 * megabyte) as file:
-            assert file.read() == content[megabyte : 4 * megabyte]
-        assert asked == [(megabyte, 3 * megabyte)]
+    def test_a_closed_remote_range_holds_no_bytes(self, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever decodes may keep the closed file in a cycle of references for long."""
+        opened: list[BlockCache] = []
+
+        class Seen(BlockCache):
+            def __init__(self, *given: Any) -> None:
+                super().__init__(*given)
+                opened.append(self)
+
+        monkeypatch.setattr(storage_module, "BlockCache", Seen)
+        ObjectStorage("s3://videos").put("there.tar", b"abc")
+        with open_range("s3://videos/there.tar"):
+            assert opened[0]._blocks
+        assert not opened[0]._blocks
+
+    def test_an_object_shorter_than_its_range_ends_early(self, asked: Asked) -> None:
+        content = os.urandom(3 << 20)
+        ObjectStorage("s3://videos").put("short.tar", content)
+        with open_range("s3://videos/short.tar", 1000, 5 << 20) as file:
+            assert file.seek(0, io.SEEK_END) == len(content) - 1000
+            file.seek(0)
+            assert file.read() == content[1000:]
+        assert {verb for verb, *_ in asked} == {"GET"}
+
+    def test_a_whole_remote_file_needs_no_look_for_its_size(self, asked: Asked) -> None:
+        content = os.urandom(300_000)
+        ObjectStorage("s3://videos").put("whole.tar", content)
+        with open_range("s3://videos/whole.tar") as file:
+            assert file.read() == content
+        assert [verb for verb, *_ in asked] == ["GET"]
+
+    def test_a_tar_of_large_videos_is_not_read_to_be_indexed(self, asked: Asked) -> None:
+        tar = make_tar([(f"{k}.{end}", bytes(size)) for k in range(6) for end, size in (("mp4", 5 << 20), ("txt", 9))])
+        ObjectStorage("s3://videos").put("large.tar", tar)
+        with open_range("s3://videos/large.tar") as file:
+            found = scan(file, len(tar))
+            for member in found.members[1::2]:
+                file.seek(member.offset)
+                assert file.read(member.size_bytes) == bytes(9)
+        assert len(found.members) == 12
+        assert len(asked) == 1 + 6  # the texts lie in the blocks that the headers came with
+        assert sum(size for _, _, size in asked) < len(tar) // 10
+
+    def test_a_tar_of_small_videos_is_read_in_few_requests(self, asked: Asked) -> None:
+        tar = make_tar([(f"{k}.mp4", bytes(100_000)) for k in range(200)])
+        ObjectStorage("s3://videos").put("many.tar", tar)
+        with open_range("s3://videos/many.tar") as file:
+            assert len(scan(file, len(tar)).members) == 200
+        assert len(asked) <= 5
+        assert sum(size for _, _, size in asked) <= len(tar)
 
     def test_an_object_that_goes_away_breaks_the_reading_off(self, server: str) -> None:
         storage = ObjectStorage("s3://videos")
-        storage.put("soon-gone.tar", b"x" * 100)
+        storage.put("soon-gone.tar", bytes(OPENING_BYTES + 1))
         with open_range("s3://videos/soon-gone.tar") as file:
             storage.delete("soon-gone.tar")
+            file.seek(OPENING_BYTES)
             with pytest.raises(FileNotFoundError, match=r"there is no s3://videos/soon-gone\.tar"):
                 file.read()
+
+
+@pytest.fixture
+def asked(server: str, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """What the object store is asked for, from here on: verb, offset, size."""
+    asked: Asked = []
+    client = object_store.ObjectClient
+    real_get, real_head = client.get_range, client.head
+
+    def get_range(self: object_store.ObjectClient, name: str, offset: int, size_bytes: int) -> tuple[bytes, int]:
+        asked.append(("GET", offset, size_bytes))
+        return real_get(self, name, offset, size_bytes)
+
+    def head(self: object_store.ObjectClient, name: str) -> tuple[int, str]:
+        asked.append(("HEAD", 0, 0))
+        return real_head(self, name)
+
+    monkeypatch.setattr(client, "get_range", get_range)
+    monkeypatch.setattr(client, "head", head)
+    return asked
+
+
+def make_tar(members: Sequence[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, payload in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return buffer.getvalue()
 
 
 def _play(file: Any, steps: list[tuple[str, int]]) -> list[Any]:
