@@ -24,10 +24,12 @@ from jobs.start_times import StartTimes
 from jobs.store_config import Encode
 from pipeline.account import Account, close_books, take_account, units_left
 from pipeline.controller import Controller, Policy
+from pipeline.decode.pool import ProcessPool
 from pipeline.engine import Engine, Interrupted, run
 from pipeline.errors import LatentmillError, UsageError
 from pipeline.index import list_fragments, read_fragment
 from pipeline.plan import Plan
+from pipeline.shards import ShardRef
 from pipeline.storage import LocalStorage, Storage, open_storage
 
 _MEGABYTE = 1 << 20
@@ -43,35 +45,49 @@ def run_encode(command: Encode) -> int:
         storage.sweep(older_than_seconds=_STALE_SECONDS)
     card, source = describe_encoder(command.recipe)
     recipe = make_recipe(command.recipe, card)
+    pool = None
     if command.engine.local:
         # Importing torch takes longer than all else of a small job: begin while decode processes probe the videos.
         threading.Thread(target=importlib.import_module, args=("pipeline.local",), name="import").start()
-    if command.shards:
-        shards = index_shards(storage, command.shards, command.engine)
-    else:
-        shards = [read_fragment(storage, shard_id).shard for shard_id in list_fragments(storage)]
-    if not shards:
-        raise UsageError(f"--store {command.store} has no index yet: name SHARDS to encode")
-    start_times.reach("index")
-    plan, price = make_plan(storage, shards, recipe, source, command.limits.max_failed_share)
-    print("\n".join(price.lines()))
-    before = take_account(storage, plan)
-    if not before.is_complete:
-        start_times.reach("plan")
-        _encode_units(storage, plan, source, command, before, start_times)
+        pool = ProcessPool(command.engine.decode_processes, decode_limits(command.engine))
+    with pool or contextlib.nullcontext():
+        shards = _indexed(storage, command, pool)
+        start_times.reach("index")
+        plan, price = make_plan(storage, shards, recipe, source, command.limits.max_failed_share)
+        print("\n".join(price.lines()))
+        before = take_account(storage, plan)
+        if not before.is_complete:
+            start_times.reach("plan")
+            _encode_units(storage, plan, source, command, before, pool, start_times)
     close_books(storage, plan)
     print("\n".join(take_account(storage, plan, max_failures=10).lines()))
     print(f"store: {storage.url}")
     return 0
 
 
+def _indexed(storage: Storage, command: Encode, pool: ProcessPool | None) -> list[ShardRef]:
+    """The named shards, or all that have an index."""
+    if command.shards:
+        return index_shards(storage, command.shards, command.engine, pool)
+    shards = [read_fragment(storage, shard_id).shard for shard_id in list_fragments(storage)]
+    if not shards:
+        raise UsageError(f"--store {command.store} has no index yet: name SHARDS to encode")
+    return shards
+
+
 def _encode_units(
-    storage: Storage, plan: Plan, source: str, command: Encode, before: Account, start_times: StartTimes
+    storage: Storage,
+    plan: Plan,
+    source: str,
+    command: Encode,
+    before: Account,
+    pool: ProcessPool | None,
+    start_times: StartTimes,
 ) -> None:
     flags, num_units = command.engine, before.units - before.units_done
     policy = Policy(units_in_flight=flags.units_in_flight, max_failed_share=command.limits.max_failed_share)
     controller = Controller(units_left(storage, plan), policy)
-    with _stop_on_signals() as stop, _engine(storage, plan, source, flags) as engine:
+    with _stop_on_signals() as stop, _engine(storage, plan, source, flags, pool) as engine:
         start_times.reach("encoder" if flags.local else "cluster")
         reporter = Reporter(storage, flags, controller, before.clips_left, num_units, start_times)
         outcome = "done"
@@ -94,31 +110,30 @@ def _encode_units(
 
 
 @contextlib.contextmanager
-def _engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Iterator[Engine]:
-    make = _local_engine if flags.local else _ray_engine
-    with make(storage, plan, source, flags) as engine:
-        try:
-            yield engine
-        finally:
-            engine.close()
+def _engine(
+    storage: Storage, plan: Plan, source: str, flags: EngineFlags, pool: ProcessPool | None
+) -> Iterator[Engine]:
+    engine = (
+        _ray_engine(storage, plan, source, flags) if pool is None else _local_engine(storage, plan, source, flags, pool)
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
-@contextlib.contextmanager
-def _local_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Iterator[Engine]:
+def _local_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags, pool: ProcessPool) -> Engine:
     import torch
 
-    from pipeline.decode.pool import ProcessPool
     from pipeline.local import LocalEngine
 
     torch.set_num_threads(flags.encode_threads)
-    with ProcessPool(flags.decode_processes, decode_limits(flags)) as pool:
-        pool.start()  # while the encoder loads
-        encoder = open_encoder(source, choose_device(flags.device), plan.recipe.encode.compute_dtype)
-        yield LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE)
+    pool.start()  # while the encoder loads
+    encoder = open_encoder(source, choose_device(flags.device), plan.recipe.encode.compute_dtype)
+    return LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE)
 
 
-@contextlib.contextmanager
-def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Iterator[Engine]:
+def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Engine:
     from jobs.ray_cluster import cluster_nodes, cluster_resource, connect, node_share
     from jobs.ray_engine import RayEngine, WorkerSpec
 
@@ -127,9 +142,13 @@ def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -
     if device == "auto":
         device = "cuda" if cluster_resource("GPU") else "cpu"
     share = node_share(cluster_nodes(), flags, on_gpu=device == "cuda")
+    told = "in tasks on any node"
     if share.decode_processes is not None:
-        print(f"encode: decode processes beside each worker: {share.decode_processes}", file=sys.stderr)
-    yield RayEngine(
+        told = f"in {share.decode_processes} processes beside each encode worker"
+    elif flags.decode_placement == "worker":
+        told += ": no node can hold an encode worker now (`ray status`)"
+    print(f"encode: decoding {told}", file=sys.stderr)
+    return RayEngine(
         WorkerSpec(
             store_url=storage.url,
             encoder_source=source,

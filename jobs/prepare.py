@@ -20,6 +20,7 @@ from jobs.store_config import Index, PlanCommand
 from models.spec import EncoderCard, VideoEncoder
 from pipeline import ledger, store
 from pipeline.decode.limits import DecodeLimits
+from pipeline.decode.pool import ProcessPool
 from pipeline.errors import FailureLimitError, MismatchError, UsageError
 from pipeline.generation import Generation, to_parquet
 from pipeline.index import (
@@ -57,30 +58,35 @@ def run_index(command: Index) -> int:
     return 0
 
 
-def index_shards(storage: Storage, patterns: Sequence[str], flags: ClusterFlags) -> list[ShardRef]:
-    """Index what is missing; returns all the shards that the patterns name."""
+def index_shards(
+    storage: Storage, patterns: Sequence[str], flags: ClusterFlags, pool: ProcessPool | None = None
+) -> list[ShardRef]:
+    """Index what is missing; returns all the shards that the patterns name.
+
+    With --local in `pool`, whose processes then are warm, or in one of its own.
+    """
     shards = [identify(url) for url in expand(patterns)]
     missing = missing_fragments(storage, shards)
     if missing:
         started = time.monotonic()
         print(f"index: {len(missing)} of {len(shards)} shards are new", file=sys.stderr)
-        (_index_local if flags.local else _index_on_ray)(storage, missing, flags)
+        if pool is not None:
+            _index_local(storage, missing, pool)
+        elif flags.local:
+            with ProcessPool(flags.decode_processes, decode_limits(flags)) as own_pool:
+                _index_local(storage, missing, own_pool)
+        else:
+            _index_on_ray(storage, missing, flags)
         print(f"index: done in {time.monotonic() - started:.1f} s", file=sys.stderr)
     _forget_stale(storage, shards)
     return shards
 
 
-def _index_local(storage: Storage, shards: Sequence[ShardRef], flags: ClusterFlags) -> None:
-    from pipeline.decode.pool import ProcessPool
+def _index_local(storage: Storage, shards: Sequence[ShardRef], pool: ProcessPool) -> None:
+    def index_one(shard: ShardRef) -> None:
+        write_fragment(storage, index_shard(shard, lambda source: pool.probe(source).result()))
 
-    with (
-        ProcessPool(flags.decode_processes, decode_limits(flags)) as pool,
-        ThreadPoolExecutor(flags.decode_processes) as threads,
-    ):
-
-        def index_one(shard: ShardRef) -> None:
-            write_fragment(storage, index_shard(shard, lambda source: pool.probe(source).result()))
-
+    with ThreadPoolExecutor(pool.num_processes) as threads:
         for _ in threads.map(index_one, shards):
             pass
 

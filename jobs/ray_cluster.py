@@ -3,14 +3,13 @@
 In:   the flags of a job; the nodes' CPUs and GPUs.
 Out:  this process as a driver; the CPUs and the decode processes of an encode worker.
 Cost: starting a cluster on this machine takes 8 to 17 s.
-Errors: JobError for a cluster that cannot be reached or has no room.
+Errors: JobError for a cluster that cannot be reached.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -64,26 +63,27 @@ class NodeShare:
 
 
 def node_share(nodes: Sequence[Node], flags: EngineFlags, *, on_gpu: bool) -> NodeShare:
-    """An equal part of the smallest node that can hold a worker, within --decode-workers per node. Pure.
+    """The largest share with which all workers find room, within --decode-workers per node. Pure.
 
-    Raises:
-        JobError: no node can hold one.
+    Where none finds any, a node may still come (autoscaling), of a size that nobody knows: then tasks decode.
     """
     encode_cpus = 1 if on_gpu else flags.encode_threads
-    able = [node for node in nodes if node.cpus >= encode_cpus and (node.gpus >= 1 or not on_gpu)]
-    if not able:
-        wanted = f"{encode_cpus} CPUs" + (" and a GPU" if on_gpu else "")
-        raise JobError(f"no node of the cluster has {wanted} for an encode worker; `ray status` tells what it has")
-    if flags.decode_placement == "cluster":
+
+    def room(node: Node, beside: int) -> int:
+        """How many workers with so many decode processes."""
+        workers = int(node.cpus) // (encode_cpus + beside)
+        if on_gpu:
+            workers = min(workers, int(node.gpus))
+        if beside and flags.decode_workers:
+            workers = min(workers, flags.decode_workers // beside)
+        return workers
+
+    workers = min(flags.workers, sum(room(node, 0) for node in nodes))
+    if flags.decode_placement == "cluster" or not workers:
         return NodeShare(encode_cpus, None)
-
-    def spare(node: Node) -> int:
-        workers = min(flags.workers, int(node.gpus)) if on_gpu else math.ceil(flags.workers / len(able))
-        cpus = int(node.cpus) - workers * encode_cpus
-        return max(0, min(cpus, flags.decode_workers or cpus) // workers)
-
-    smallest = min(map(spare, able))
-    return NodeShare(encode_cpus + smallest, max(1, smallest))
+    most = int(max(node.cpus for node in nodes))
+    beside = next(number for number in range(most, -1, -1) if sum(room(node, number) for node in nodes) >= workers)
+    return NodeShare(encode_cpus + beside, max(1, beside))
 
 
 def cluster_nodes() -> list[Node]:

@@ -56,6 +56,11 @@ class ProcessPool:
         self.close()
 
     @property
+    def num_processes(self) -> int:
+        """How many requests are served at a time."""
+        return len(self._processes)
+
+    @property
     def pids(self) -> list[int]:
         """The process ids of the children that run."""
         return [process.pid for process in self._processes if process.pid is not None]

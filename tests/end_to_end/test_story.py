@@ -25,7 +25,7 @@ import torch
 from jobs.__main__ import main
 from models.encoders import load_encoder
 from pipeline.buckets import Bucket
-from pipeline.decode.pool import ProcessPool
+from pipeline.decode.process import DecodeProcess
 from pipeline.storage import open_storage
 from pipeline.store import open_array
 from tests.clips import numbered_video, read_number, real_data
@@ -211,7 +211,7 @@ def test_a_finished_job_is_left_alone(
         raise AssertionError("a finished job must not decode")
 
     before = contents(reference)
-    monkeypatch.setattr(ProcessPool, "__init__", no_decoding)
+    monkeypatch.setattr(DecodeProcess, "start", no_decoding)
     started = time.monotonic()
     assert main(encode_args(shards, reference, vae_directory, "--local")) == 0
     assert time.monotonic() - started < 10

@@ -6,7 +6,6 @@ import pytest
 
 from jobs.flags import EngineFlags
 from jobs.ray_cluster import Node, NodeShare, node_share
-from pipeline.errors import JobError
 
 GPU_NODE, CPU_NODE = Node(cpus=128, gpus=8), Node(cpus=64, gpus=0)
 
@@ -16,7 +15,7 @@ GPU_NODE, CPU_NODE = Node(cpus=128, gpus=8), Node(cpus=64, gpus=0)
     [
         # Eight workers on each GPU node; nodes without a GPU decode nothing.
         ([GPU_NODE, GPU_NODE, CPU_NODE], EngineFlags(workers=16), NodeShare(16, 15)),
-        ([GPU_NODE, Node(cpus=64, gpus=8)], EngineFlags(workers=16), NodeShare(8, 7)),  # the smallest one decides
+        ([GPU_NODE, Node(cpus=64, gpus=8)], EngineFlags(workers=16), NodeShare(8, 7)),
         ([GPU_NODE], EngineFlags(workers=2), NodeShare(64, 63)),
         ([GPU_NODE], EngineFlags(workers=2, decode_workers=24), NodeShare(13, 12)),
         ([Node(cpus=8, gpus=8)], EngineFlags(workers=8), NodeShare(1, 1)),  # never none, though all CPUs are taken
@@ -30,6 +29,11 @@ def test_gpu_workers_share_their_node(nodes: list[Node], flags: EngineFlags, exp
 def test_cpu_workers_spread_over_the_nodes_that_can_hold_one() -> None:
     nodes = [Node(cpus=0, gpus=0), CPU_NODE, CPU_NODE]
     assert node_share(nodes, EngineFlags(workers=3, encode_threads=8), on_gpu=False) == NodeShare(32, 24)
+    assert node_share([Node(cpus=2, gpus=0), CPU_NODE], EngineFlags(), on_gpu=False) == NodeShare(64, 63)
+
+
+def test_workers_for_whom_there_is_no_room_take_nothing_from_the_others() -> None:
+    assert node_share([GPU_NODE], EngineFlags(workers=20), on_gpu=True) == NodeShare(16, 15)
 
 
 @pytest.mark.parametrize(("workers", "expected"), [(1, NodeShare(4, 2)), (2, NodeShare(3, 1)), (4, NodeShare(2, 1))])
@@ -43,8 +47,7 @@ def test_by_default_a_machine_decodes_with_every_cpu() -> None:
     assert EngineFlags().decode_processes == os.cpu_count()
 
 
-def test_no_room() -> None:
-    with pytest.raises(JobError, match="no node of the cluster has 1 CPUs and a GPU for an encode worker"):
-        node_share([CPU_NODE], EngineFlags(), on_gpu=True)
-    with pytest.raises(JobError, match="no node of the cluster has 65 CPUs for an encode worker"):
-        node_share([CPU_NODE], EngineFlags(encode_threads=65), on_gpu=False)
+def test_a_cluster_that_has_no_such_node_yet_decodes_in_tasks() -> None:
+    assert node_share([CPU_NODE], EngineFlags(), on_gpu=True) == NodeShare(1, None)
+    assert node_share([CPU_NODE], EngineFlags(encode_threads=65), on_gpu=False) == NodeShare(65, None)
+    assert node_share([], EngineFlags(), on_gpu=True) == NodeShare(1, None)
