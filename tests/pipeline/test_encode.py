@@ -12,6 +12,7 @@ import torch
 from models.spec import Posterior, VideoEncoder
 from pipeline.buckets import BucketConfig
 from pipeline.commit import RowFacts, RowResult
+from pipeline.decode.arena import FrameMemory
 from pipeline.decode.records import DecodedClip
 from pipeline.encode import StreamedClip, encode_slice, to_batch
 from pipeline.errors import DecodeError, SampleError
@@ -75,7 +76,8 @@ def test_the_batch_has_its_full_size_whatever_failed() -> None:
     assert results[0] == RowFacts("fake", tuple(n / 25 for n in range(9)))
 
 
-def test_a_batch_that_is_used_again_holds_nothing_of_the_one_before() -> None:
+def test_a_batch_that_is_used_again_holds_nothing_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.encode._BATCHES", FrameMemory())
     three = clips(3)
     full = to_batch(three, [dataclasses.replace(one, frames=one.frames | 1) for one in map(decoded, three)], 4)
     assert full[:3].all()
