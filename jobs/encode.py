@@ -144,7 +144,7 @@ def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -
     share = node_share(cluster_nodes(), flags, on_gpu=device == "cuda")
     told = "in tasks on any node"
     if share.decode_processes is not None:
-        told = f"in {share.decode_processes} processes beside each encode worker"
+        told = f"beside each encode worker, processes: {share.decode_processes}"
     elif flags.decode_placement == "worker":
         told += ": no node can hold an encode worker now (`ray status`)"
     print(f"encode: decoding {told}", file=sys.stderr)
