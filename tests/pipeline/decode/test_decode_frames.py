@@ -258,3 +258,13 @@ def test_decord_agrees_with_pyav_or_declines(kind, tmp_path):
 def test_decord_declines_edit_lists(tmp_path):
     source = stored(tmp_path, trimmed_video(numbered_video(40), skip=15))
     assert decode(source, (0, 5), decoder="decord")[0].reason == "unsupported_by_decord"
+
+
+def test_probing_an_mp4_reads_its_header_and_one_packet(tmp_path):
+    video = bytearray(numbered_video(20))
+    with av.open(io.BytesIO(video)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    whole = probe_media(stored(tmp_path, bytes(video)), LIMITS)
+    for offset, size in packets[1:]:
+        video[offset : offset + size] = bytes(size)
+    assert probe_media(stored(tmp_path, bytes(video)), LIMITS) == whole

@@ -354,3 +354,12 @@ def test_outcomes_carry_what_decoding_them_cost(source, process):
     seconds = time.perf_counter() - began
     assert 0 < clips[0].cpu_seconds == clips[1].cpu_seconds
     assert 0 < sum(clip.cpu_seconds + clip.wait_seconds for clip in clips) <= seconds
+
+
+def test_a_decode_process_keeps_its_memory_unless_the_user_says_otherwise(source, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    with DecodeProcess(LIMITS) as process:
+        process.decode(request_of(source, (0, 1)))
+        environment = Path(f"/proc/{process.pid}/environ").read_bytes().decode().split("\0")
+    assert "MALLOC_TRIM_THRESHOLD_=1000000" in environment
+    assert f"MALLOC_MMAP_THRESHOLD_={16 << 20}" in environment
