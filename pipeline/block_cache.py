@@ -2,9 +2,9 @@
 
 In:   what fetches a part of the object and says how long the whole object is.
 Out:  any part of the range, from memory where it can be.
-Cost: one request when it is opened, which brings OPENING_BYTES; after a jump, one for JUMP_BYTES; where reading goes
-    on, each brings GROWTH times as much as the one before, from OPENING_BYTES to MAX_BLOCK_BYTES. The blocks used last
-    are kept, up to MAX_KEPT_BYTES.
+Cost: one request when it is opened, which brings OPENING_BYTES, or MAX_BLOCK_BYTES when all is about to be read; after
+    a jump, one for JUMP_BYTES; where reading goes on, each brings GROWTH times as much as the one before, from
+    OPENING_BYTES to MAX_BLOCK_BYTES. The blocks used last are kept, up to MAX_KEPT_BYTES.
 Errors: those of the fetch.
 
 A request costs some 40 ms, in which a connection carries about 4 MB. So small videos are fetched whole; of large ones
@@ -41,12 +41,13 @@ class _Block:
 class BlockCache:
     """Bytes [offset, offset + size_bytes) of an object, or as many of them as there are; without a size, all the rest.
 
-    `size_bytes`, the attribute, is how many there are.
+    `size_bytes`, the attribute, is how many there are. whole: all of them are about to be read.
     """
 
-    def __init__(self, fetch: Fetch, offset: int, size_bytes: int | None) -> None:
+    def __init__(self, fetch: Fetch, offset: int, size_bytes: int | None, *, whole: bool = False) -> None:
         self._fetch = fetch
-        wanted = OPENING_BYTES if size_bytes is None else min(size_bytes, OPENING_BYTES)
+        opening_bytes = MAX_BLOCK_BYTES if whole else OPENING_BYTES
+        wanted = opening_bytes if size_bytes is None else min(size_bytes, opening_bytes)
         data, object_bytes = fetch(offset, max(1, wanted))
         there = max(0, object_bytes - offset)
         self.size_bytes = there if size_bytes is None else min(size_bytes, there)

@@ -73,16 +73,17 @@ def stat_object(url: str) -> ObjectStat:
     return ObjectStat(status.st_size, str(status.st_mtime_ns))
 
 
-def open_range(url: str, offset: int = 0, size_bytes: int | None = None) -> IO[bytes]:
+def open_range(url: str, offset: int = 0, size_bytes: int | None = None, *, whole: bool = False) -> IO[bytes]:
     """A seekable, buffered, read-only view of bytes [offset, offset + size_bytes) of a file or object.
 
-    It ends where the file ends; without `size_bytes` it reaches to there.
+    It ends where the file ends; without `size_bytes` it reaches to there. whole: all of it is about to be read, which
+    an object store is then asked for at once; on a local file it is all the same.
 
     Raises:
         ShardError: it cannot be opened.
     """
     if is_remote(url):
-        return io.BufferedReader(_remote_range(url, offset, size_bytes), _READ_AHEAD_BYTES)
+        return io.BufferedReader(_remote_range(url, offset, size_bytes, whole=whole), _READ_AHEAD_BYTES)
     try:
         handle = Path(url).open("rb", buffering=0)  # noqa: SIM115 (the range closes it)
     except OSError as error:
@@ -93,10 +94,10 @@ def open_range(url: str, offset: int = 0, size_bytes: int | None = None) -> IO[b
     return io.BufferedReader(raw, _READ_AHEAD_BYTES)
 
 
-def _remote_range(url: str, offset: int, size_bytes: int | None) -> ByteRange:
+def _remote_range(url: str, offset: int, size_bytes: int | None, *, whole: bool) -> ByteRange:
     client, name = client_of(url)
     try:
-        blocks = BlockCache(functools.partial(client.get_range, name), offset, size_bytes)
+        blocks = BlockCache(functools.partial(client.get_range, name), offset, size_bytes, whole=whole)
     except OSError as error:
         raise ShardError(f"cannot read shard {url}: {error.strerror or error}") from error
     return ByteRange(blocks.read, offset, blocks.size_bytes, blocks.close)

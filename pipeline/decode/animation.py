@@ -22,14 +22,14 @@ from pipeline.decode.fit import FrameFitter, Orientation
 from pipeline.decode.image import decode_errors, opaque_rgb, open_image
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
-from pipeline.storage import open_range
+from pipeline.decode.source import open_source
 
 _TICK = Fraction(1, 1000)
 
 
 def is_webp(source: MediaSource) -> bool:
     """Whether the bytes begin as a WebP does. Raises ShardError."""
-    with open_range(source.path, source.offset, source.size_bytes) as file:
+    with open_source(source) as file:
         head = file.read(12)
     return head[:4] == b"RIFF" and head[8:] == b"WEBP"
 

@@ -29,6 +29,7 @@ from pipeline.decode.records import (
     MediaSource,
     Window,
 )
+from pipeline.decode.source import fetched
 from pipeline.errors import DecodeError
 
 # What a back end does not report unless it saw it.
@@ -143,6 +144,7 @@ def decode_windows(
     from pipeline.decode.choice import backend_names
 
     out = out or new_frames(request)
+    request = dataclasses.replace(request, source=fetched(request.source))
     names = backend_names(request.source, request.decoder, limits)
     outcomes = list(decode_with(choose_backend(request.source, next(names)), request, limits, out))
     while (left := [i for i, outcome in enumerate(outcomes) if _is_open(outcome)]) and (name := next(names, None)):
@@ -187,6 +189,7 @@ def decode_pieces(
         ShardError, UnitError, MemoryError: as `decode_windows`.
     """
     (window,) = request.windows
+    request = dataclasses.replace(request, source=fetched(request.source))
     backend = _backend_of_pieces(request, limits)
     pieces = iter(pieces_of(window, piece_frames))
     filling = _piece(request, next(pieces), out)

@@ -24,9 +24,9 @@ from pipeline.decode.backend import damage
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.mp4 import is_indexed
 from pipeline.decode.records import MediaSource
+from pipeline.decode.source import open_source
 from pipeline.decode.transport_stream import CheckedTransportStream, is_transport_stream
 from pipeline.errors import UnitError
-from pipeline.storage import open_range
 
 # FFmpeg's demuxers that may see the data, and what they are called in MediaInfo. No playlist, no text, no device: such
 # formats name other files, which FFmpeg would open and show.
@@ -88,7 +88,7 @@ def open_video(source: MediaSource, limits: DecodeLimits, *, header_only: bool =
         ShardError: the file cannot be opened.
         UnitError: reading it broke off.
     """
-    with open_range(source.path, source.offset, source.size_bytes) as file, _decode_errors(source, "decode_error"):
+    with open_source(source) as file, _decode_errors(source, "decode_error"):
         indexed = is_indexed(file)
         checked = CheckedTransportStream(file) if is_transport_stream(file) else None
         with _decode_errors(source, "not_media"):

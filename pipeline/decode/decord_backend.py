@@ -27,7 +27,7 @@ from pipeline.decode.fit import FrameFitter, Orientation
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pyav import PyAVBackend, checked_frames, orientation_of
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
-from pipeline.storage import open_range
+from pipeline.decode.source import open_source
 
 _CLAIMED_CONTAINERS = ("mp4", "mkv")
 _CLAIMED_CODECS = ("h264", "vp8", "vp9", "mpeg4", "mjpeg")
@@ -89,7 +89,7 @@ class _Reader:
         decord.logging.set_level(decord.logging.QUIET)
         self._source = source
         # Any frame that decord made up for one it could not decode is an error.
-        with open_range(source.path, source.offset, source.size_bytes) as file:
+        with open_source(source) as file:
             self._reader = self._guarded(lambda: decord.VideoReader(file, num_threads=1, fault_tol=1e-9))
         # Above all, decord ignores edit lists.
         if len(self._reader) != info.num_frames:

@@ -25,7 +25,7 @@ from pipeline.decode.backend import TimedFrame, damage
 from pipeline.decode.fit import FrameFitter, Orientation
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
-from pipeline.storage import open_range
+from pipeline.decode.source import open_source
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
@@ -90,7 +90,7 @@ def decode_errors(source: MediaSource) -> Iterator[None]:
 
 def open_image(source: MediaSource, limits: DecodeLimits) -> Image.Image:
     """The image's header; nothing is decoded yet."""
-    with open_range(source.path, source.offset, source.size_bytes) as file:
+    with open_source(source, whole=True) as file:
         data = file.read()
     if _is_heic(data):
         raise damage(

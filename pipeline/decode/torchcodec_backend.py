@@ -28,8 +28,8 @@ from pipeline.decode.fit import FrameFitter, Orientation
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pyav import PyAVBackend, checked_frames, orientation_of
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
+from pipeline.decode.source import open_source
 from pipeline.errors import UsageError
-from pipeline.storage import open_range
 
 _CLAIMED_CONTAINERS = ("mp4", "mkv", "flv")
 _CLAIMED_CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mjpeg")
@@ -52,7 +52,7 @@ class TorchcodecBackend:
         with open_video(source, limits) as video:
             tick, aspect = video.tick_seconds, video.pixel_aspect
             times = _shown_times(video)
-        with open_range(source.path, source.offset, source.size_bytes) as file:
+        with open_source(source) as file:
             reader = _Reader(self._decoder_class, source, file.read(), [time * tick for time in times])
         if info.rotation_degrees % 180:
             aspect = 1 / aspect

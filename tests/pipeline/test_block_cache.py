@@ -87,6 +87,14 @@ def test_reading_in_order_asks_for_more_each_time() -> None:
     assert sum(len(block.data) for block in cache._blocks) <= 32 * MEGABYTE
 
 
+def test_what_is_about_to_be_read_whole_comes_at_once_up_to_a_block() -> None:
+    for size, asked in ((5, [5]), (8, [8]), (20, [8, 12])):
+        remote = Remote(bytes(40 * MEGABYTE))
+        cache = BlockCache(remote, 1000, size * MEGABYTE, whole=True)
+        assert len(read_all(cache, 1000, size * MEGABYTE)) == size * MEGABYTE
+        assert [asked // MEGABYTE for _, asked in remote.asked] == asked
+
+
 def test_headers_far_apart_cost_little_each() -> None:
     remote = Remote(bytes(50 * MEGABYTE))
     cache = BlockCache(remote, 0, None)

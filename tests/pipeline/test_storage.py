@@ -366,6 +366,16 @@ class TestRanges:
             assert file.read() == content[1000:601_000]
         assert asked == [("GET", 1000, 600_000)]
 
+    def test_a_remote_range_that_is_read_whole_is_one_request(self, asked: Asked) -> None:
+        content = os.urandom(5 << 20)
+        ObjectStorage("s3://videos").put("whole.tar", content)
+        with open_range("s3://videos/whole.tar", 1000, 4 << 20, whole=True) as file:
+            file.seek(3 << 20)
+            assert file.read() == content[1000 + (3 << 20) : 1000 + (4 << 20)]
+            file.seek(0)
+            assert file.read() == content[1000 : 1000 + (4 << 20)]
+        assert asked == [("GET", 1000, 4 << 20)]
+
     def test_an_empty_remote_range_is_one_of_an_object_that_is_there(self, server: str) -> None:
         ObjectStorage("s3://videos").put("there.tar", b"abc")
         with open_range("s3://videos/there.tar", 1, 0) as file:
@@ -378,8 +388,8 @@ class TestRanges:
         opened: list[BlockCache] = []
 
         class Seen(BlockCache):
-            def __init__(self, *given: Any) -> None:
-                super().__init__(*given)
+            def __init__(self, *given: Any, **named: Any) -> None:
+                super().__init__(*given, **named)
                 opened.append(self)
 
         monkeypatch.setattr(storage_module, "BlockCache", Seen)
