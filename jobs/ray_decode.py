@@ -53,8 +53,8 @@ def _decode_process(limits: DecodeLimits) -> DecodeProcess:
     return _process
 
 
-def _decode(request: DecodeRequest, limits: DecodeLimits) -> tuple[DecodeOutcome, ...]:
-    return _decode_process(limits).decode(request)
+def _decode(requests: Sequence[DecodeRequest], limits: DecodeLimits) -> tuple[DecodeOutcome, ...]:
+    return _decode_process(limits).decode(*requests)
 
 
 def _stream(request: DecodeRequest, piece_frames: int, limits: DecodeLimits) -> Iterator[DecodedClip | DecodeError]:
@@ -77,38 +77,38 @@ _index_task = ray.remote(num_cpus=1, max_retries=2)(_index)
 class _RayDecode:
     """A decode task under way, and what follows when it is lost."""
 
-    def __init__(self, request: DecodeRequest, limits: Any) -> None:
-        self._request, self._limits = request, limits
-        self._reference = self._start(request)
+    def __init__(self, requests: Sequence[DecodeRequest], limits: Any) -> None:
+        self._requests, self._limits = requests, limits
+        self._reference = self._start(requests)
 
-    def _start(self, request: DecodeRequest) -> Any:
-        return _decode_task.options(name="decode", enable_task_events=False).remote(request, self._limits)
+    def _start(self, requests: Sequence[DecodeRequest]) -> Any:
+        return _decode_task.options(name="decode", enable_task_events=False).remote(requests, self._limits)
 
     def result(self) -> tuple[DecodeOutcome, ...]:
-        """Wait; a crash of the Ray worker splits the request into single windows, and one that crashes again failed."""
+        """Wait; a crash of the Ray worker splits requests into single windows, and one that crashes again failed."""
         try:
-            return self._get(self._reference, self._request)
+            return self._get(self._reference, self._requests)
         except _SUSPECT:
             outcomes: list[DecodeOutcome] = []
-            for window in self._request.windows:
-                single = dataclasses.replace(self._request, windows=(window,))
+            for request, window in ((request, window) for request in self._requests for window in request.windows):
+                single = [dataclasses.replace(request, windows=(window,))]
                 try:
                     outcomes += self._get(self._start(single), single)
                 except _SUSPECT:
                     outcomes.append(DecodeError("crash", "the decoder's process died twice"))
             return tuple(outcomes)
 
-    def _get(self, reference: Any, request: DecodeRequest) -> tuple[DecodeOutcome, ...]:
+    def _get(self, reference: Any, requests: Sequence[DecodeRequest]) -> tuple[DecodeOutcome, ...]:
         for _ in range(_LOST_TRIES):
             try:
                 outcomes: tuple[DecodeOutcome, ...] = ray.get(reference)
             except _INFRASTRUCTURE:
-                reference = self._start(request)
+                reference = self._start(requests)
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, LatentmillError) else error from None
             else:
                 return outcomes
-        raise UnitError(f"decoding {request.source.key} was lost {_LOST_TRIES} times with nodes of the cluster")
+        raise UnitError(f"decoding {requests[0].source.key} was lost {_LOST_TRIES} times with nodes of the cluster")
 
 
 class _RayStream:
@@ -180,8 +180,8 @@ class RayDecoders:
     def __init__(self, limits: DecodeLimits) -> None:
         self._limits = ray.put(limits)
 
-    def submit(self, request: DecodeRequest) -> _RayDecode:
-        return _RayDecode(request, self._limits)
+    def submit(self, *requests: DecodeRequest) -> _RayDecode:
+        return _RayDecode(requests, self._limits)
 
     def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
         return _RayStream(request, piece_frames, self._limits).pieces()

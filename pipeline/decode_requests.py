@@ -20,20 +20,23 @@ from pipeline.sampling import grid
 from pipeline.shards import ShardRef
 from pipeline.storage import stat_object
 
+_MESSAGE_PIXELS = 16e6  # some 40 ms of H.264: no process waits long for another's last message
+_MESSAGE_REQUESTS = 16
+
 
 class PendingDecode(Protocol):
     """A decode request under way."""
 
     def result(self) -> tuple[DecodeOutcome, ...]:
-        """Wait for one outcome per window. Bad media is an outcome; UnitError means that decoding itself broke."""
+        """Wait for one outcome per window, in order. Bad media is an outcome; UnitError: decoding itself broke."""
         ...
 
 
 class Decoders(Protocol):
     """Where decode requests go: processes of this machine, or tasks of a cluster."""
 
-    def submit(self, request: DecodeRequest) -> PendingDecode:
-        """Start decoding."""
+    def submit(self, *requests: DecodeRequest) -> PendingDecode:
+        """Start decoding; the outcomes are of all requests, one after another."""
         ...
 
     def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
@@ -65,6 +68,27 @@ def to_requests(clips: Sequence[Clip], recipe: Recipe, group_bytes: int) -> list
         step = max(1, group_bytes // same[0].decoded_bytes)
         requests += [_request(same[start : start + step], recipe) for start in range(0, len(same), step)]
     return requests
+
+
+def to_messages(clips: Sequence[Clip], recipe: Recipe, group_bytes: int) -> list[list[DecodeRequest]]:
+    """The requests of `to_requests`, small neighbours together: what decodes in milliseconds costs as much to ask for.
+
+    A message is at most `_MESSAGE_PIXELS` of frames as stored and `group_bytes` of wanted ones. Pure.
+    """
+    messages: list[list[DecodeRequest]] = []
+    pixels = num_bytes = 0.0
+    place = 0
+    for request in to_requests(clips, recipe, group_bytes):
+        media = clips[place].media
+        place += len(request.windows)
+        own_pixels = sum(window.num_frames for window in request.windows) * media.height * media.width
+        pixels, num_bytes = pixels + own_pixels, num_bytes + request.decoded_bytes
+        is_full = pixels > _MESSAGE_PIXELS or num_bytes > group_bytes
+        if not messages or is_full or len(messages[-1]) == _MESSAGE_REQUESTS:
+            messages.append([])
+            pixels, num_bytes = own_pixels, request.decoded_bytes
+        messages[-1].append(request)
+    return messages
 
 
 def _request(clips: Sequence[Clip], recipe: Recipe) -> DecodeRequest:

@@ -24,7 +24,7 @@ import torch
 
 from models.spec import Posterior, VideoEncoder
 from pipeline.commit import RowFacts, RowResult
-from pipeline.decode.arena import FrameMemory
+from pipeline.decode.frame_memory import FrameMemory
 from pipeline.decode.records import DecodedClip, DecodeOutcome
 from pipeline.errors import SampleError
 from pipeline.placement import Clip

@@ -33,7 +33,7 @@ from pipeline.byte_window import ByteWindow
 from pipeline.clip_streams import ClipStreams, StreamPlan
 from pipeline.commit import RowResult, commit
 from pipeline.decode.records import DecodedClip, DecodeOutcome
-from pipeline.decode_requests import Decoders, PendingDecode, next_slice, require_unchanged, to_requests
+from pipeline.decode_requests import Decoders, PendingDecode, next_slice, require_unchanged, to_messages, to_requests
 from pipeline.encode import EncoderTimer, StreamedClip, encode_slice
 from pipeline.errors import DecodeError, LatentmillError
 from pipeline.index import read_fragment
@@ -45,12 +45,12 @@ from pipeline.store import absent_rows
 from pipeline.unit_job import UnitJob, UnitReport
 
 _STOP_SECONDS = 10.0
-_REQUESTS_PER_WINDOW = 4  # One request must leave room in the window for others to be decoded beside it.
+_MESSAGES_PER_WINDOW = 4  # One message must leave room in the window for others to be decoded beside it.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Decode:
-    """One decode request of a job under way, and its bytes in the window."""
+    """Decode requests of a job under way, asked for together, and their bytes in the window."""
 
     job: UnitJob
     num_bytes: int
@@ -202,17 +202,16 @@ class EncodeWorker:
         self._streams.wait()
         recipe = self._plan.recipe
         clip_bytes = job.clips[0].decoded_bytes
-        requests = to_requests(job.clips, recipe, self._window.limit_bytes // _REQUESTS_PER_WINDOW)
-        # A slice that is all there but for one clip must not keep that clip's request out.
-        needed_bytes = (
-            recipe.batch_size(job.unit.bucket) + max(len(request.windows) for request in requests)
-        ) * clip_bytes
-        for request in requests:
-            num_bytes = len(request.windows) * clip_bytes
+        messages = to_messages(job.clips, recipe, self._window.limit_bytes // _MESSAGES_PER_WINDOW)
+        num_clips = [sum(len(request.windows) for request in requests) for requests in messages]
+        # A slice that is all there but for one clip must not keep that clip's message out.
+        needed_bytes = (recipe.batch_size(job.unit.bucket) + max(num_clips)) * clip_bytes
+        for requests, num_windows in zip(messages, num_clips, strict=True):
+            num_bytes = num_windows * clip_bytes
             if job.future.done() or not self._window.acquire(num_bytes, needed_bytes):
                 return
             try:
-                pending = self._decoders.submit(request)
+                pending = self._decoders.submit(*requests)
             except LatentmillError:
                 self._window.release(num_bytes)
                 raise

@@ -235,7 +235,7 @@ def fake_frames(key: str, window: Window, shape: ClipShape) -> np.ndarray:
 
 
 class FakeDecoders:
-    """Decodes what `planned_store` planned, in a thread per request at most `seconds` long (drawn from `seed`).
+    """Decodes what `planned_store` planned, in a thread per message at most `seconds` long (drawn from `seed`).
 
     Windows of the videos in `bad` are DecodeErrors; requests of those in `errors` raise their exception.
     """
@@ -251,15 +251,15 @@ class FakeDecoders:
         self.bad, self._errors = bad, dict(errors or {})
         self.requests: list[DecodeRequest] = []
 
-    def submit(self, request: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
-        self.requests.append(request)
+    def submit(self, *requests: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
+        self.requests += requests
         future: Future[tuple[DecodeOutcome, ...]] = Future()
         if self._seconds:
-            timer = threading.Timer(self._draw.uniform(0, self._seconds), self._decode, (request, future))
+            timer = threading.Timer(self._draw.uniform(0, self._seconds), self._decode, (requests, future))
             timer.daemon = True
             timer.start()
         else:
-            self._decode(request, future)
+            self._decode(requests, future)
         return future
 
     def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
@@ -273,14 +273,16 @@ class FakeDecoders:
             part = slice(piece.start, piece.start + piece.num_frames)
             yield DecodedClip(clip.frames[part], clip.pts_seconds[part], clip.decoder)
 
-    def _decode(self, request: DecodeRequest, future: Future[tuple[DecodeOutcome, ...]]) -> None:
-        key = request.source.key
-        if key in self._errors:
-            future.set_exception(self._errors[key])
-        elif key in self.bad:
-            future.set_result(tuple(DecodeError("bad_media", "on purpose") for _ in request.windows))
-        else:
-            future.set_result(tuple(self._clip(key, window, request.shape) for window in request.windows))
+    def _decode(self, requests: Sequence[DecodeRequest], future: Future[tuple[DecodeOutcome, ...]]) -> None:
+        outcomes: list[DecodeOutcome] = []
+        for request in requests:
+            key = request.source.key
+            if key in self._errors:
+                future.set_exception(self._errors[key])
+                return
+            bad = DecodeError("bad_media", "on purpose") if key in self.bad else None
+            outcomes += [bad or self._clip(key, window, request.shape) for window in request.windows]
+        future.set_result(tuple(outcomes))
 
     @staticmethod
     def _clip(key: str, window: Window, shape: ClipShape) -> DecodedClip:

@@ -1,8 +1,9 @@
-"""The program that runs in a decode process: `python -m pipeline.decode.child <arena fd> <limits as JSON>`.
+"""The program that runs in a decode process: `python -m pipeline.decode.child <frames' fd> <limits as JSON>`.
 
-In:   JSON lines on stdin: {"probe": source} or {"decode": request}, each with "seconds", the time allowed. With
-    "stream_stop", a position, the request's one window is a piece of a longer one that ends there.
-Out:  JSON lines on stdout: {"ready": true} once, then one reply per line; frames go into the arena.
+In:   JSON lines on stdin: {"probe": source} or {"decode": requests, "offsets": of each window's frames in the shared
+    memory}, each with "seconds", the time allowed. With "stream_stop", a position, the only request's only window is a
+    piece of a longer one that ends there.
+Out:  JSON lines on stdout: {"ready": true} once, then one reply per line; frames go into the shared memory.
 Cost: one decode at a time, in an address space of its own with a limit.
 Errors: LatentmillErrors travel as replies, and so does want of memory, after which the owner replaces the process.
     Anything else ends the process with a traceback, and the owner decides whom to blame.
@@ -19,14 +20,14 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import av.logging
 import numpy as np
 
-from pipeline.decode.arena import Arena
 from pipeline.decode.backend import decode_pieces, decode_windows, probe_media
+from pipeline.decode.frame_memory import FrameView
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, MediaSource, Window
 from pipeline.decode.wire import Json, error_to_json, outcome_to_json, request_from_json
@@ -36,17 +37,17 @@ from pipeline.errors import DecodeError, LatentmillError
 _GRACE_SECONDS = 5.0
 
 
-def serve(arena: Arena, limits: DecodeLimits) -> None:
+def serve(memory: FrameView, limits: DecodeLimits) -> None:
     """Answer requests until the owner closes the pipe."""
     replies = _private_stdout()
     av.logging.set_level(None)
     logging.disable()  # Pillow's complaints about broken files
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    answers = Answers(arena, limits)
+    answers = Answers(memory, limits)
     _send(replies, {"ready": True})
     for line in sys.stdin.buffer:
         message = json.loads(line)
-        _limit_memory(limits.memory_bytes + arena.size_bytes)
+        _limit_memory(limits.memory_bytes + memory.size_bytes)
         faulthandler.dump_traceback_later(message["seconds"] + _GRACE_SECONDS, exit=True)
         reply = answers.to(message)
         faulthandler.cancel_dump_traceback_later()
@@ -58,8 +59,8 @@ def serve(arena: Arena, limits: DecodeLimits) -> None:
 class Answers:
     """Replies to messages; remembers the stream that is under way."""
 
-    def __init__(self, arena: Arena, limits: DecodeLimits) -> None:
-        self._arena, self._limits = arena, limits
+    def __init__(self, memory: FrameView, limits: DecodeLimits) -> None:
+        self._memory, self._limits = memory, limits
         self._stream: _Stream | None = None
 
     @property
@@ -80,15 +81,16 @@ class Answers:
 
     def _decoded(self, message: Json) -> Json:
         """Outcomes, and the seconds they took: of the processor, and beside those."""
-        request = request_from_json(message["decode"])
+        requests = [request_from_json(fields) for fields in message["decode"]]
+        offsets, stop = iter(message["offsets"]), message.get("stream_stop")
         cpu, wall = time.process_time(), time.perf_counter()
-        outcomes = [outcome_to_json(outcome) for outcome in self._outcomes(request, message)]
+        outcomes = [outcome_to_json(one) for request in requests for one in self._outcomes(request, offsets, stop)]
         cpu_seconds = time.process_time() - cpu
         wait_seconds = max(0.0, time.perf_counter() - wall - cpu_seconds)
         return {"outcomes": outcomes, "cpu_seconds": cpu_seconds, "wait_seconds": wait_seconds}
 
-    def _outcomes(self, request: DecodeRequest, message: Json) -> Sequence[DecodeOutcome]:
-        frames, stop = self._arena.frames(request), message.get("stream_stop")
+    def _outcomes(self, request: DecodeRequest, offsets: Iterator[int], stop: int | None) -> Sequence[DecodeOutcome]:
+        frames = [self._memory.array(next(offsets), shape) for shape in request.frame_shapes]
         if stop is None:
             self._stream = None  # nobody asked for its rest
             return decode_windows(request, self._limits, frames)
@@ -154,7 +156,7 @@ def _send(replies: IO[bytes], reply: Json) -> None:
 
 def main() -> None:
     """Entry point of the decode process."""
-    serve(Arena(int(sys.argv[1])), DecodeLimits(**json.loads(sys.argv[2])))
+    serve(FrameView(int(sys.argv[1])), DecodeLimits(**json.loads(sys.argv[2])))
 
 
 if __name__ == "__main__":

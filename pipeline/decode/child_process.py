@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from pipeline.decode.arena import Arena
+from pipeline.decode.frame_memory import SharedFrameMemory
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.wire import Json
 
@@ -42,20 +42,20 @@ class ChildLost(Exception):  # noqa: N818 (an event, told to the caller as a Dec
 
 
 class ChildProcess:
-    """A running child program with its pipes and its arena."""
+    """A running child program with its pipes and the memory that both sides see."""
 
     def __init__(self, module: str, limits: DecodeLimits) -> None:
-        self.arena = Arena.create()
+        self.memory = SharedFrameMemory()
         self.ready = False
         self.clips_served = 0
-        command = [sys.executable, "-P", "-m", module, str(self.arena.fd), json.dumps(dataclasses.asdict(limits))]
+        command = [sys.executable, "-P", "-m", module, str(self.memory.fd), json.dumps(dataclasses.asdict(limits))]
         paths = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             command,
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=(self.arena.fd,),
+            pass_fds=(self.memory.fd,),
             env=MALLOC_ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
         self.pid = self._process.pid
@@ -115,7 +115,7 @@ class ChildProcess:
         self._process.wait()
         self._stdin.close()
         self._stdout.close()
-        self.arena.close()
+        self.memory.close()
 
 
 def _wait(source: IO[bytes], sink: IO[bytes] | None, seconds: float) -> set[int]:

@@ -1,114 +1,155 @@
-"""Memory for frames: what a decode process and its owner both see, and what the owner hands out.
+"""Memory for frames: taken once, lent again and again, and where wanted shared by a decode process and its owner.
 
-In:   a file descriptor of anonymous memory (memfd_create), inherited by the child; shapes.
-Out:  numpy arrays.
-Cost: the largest request's frames for as long as the child lives, and what waits to be used again: up to 64 MiB, or
-    one array where that is larger; no name in any file system, so a kill leaves nothing.
+In:   shapes; for shared memory a descriptor of anonymous memory (memfd_create), inherited by the child.
+Out:  numpy arrays, each its borrower's for as long as anything refers to it.
+Cost: what is lent, and what waits to be lent again: up to 64 MiB, or one array where that is larger; of address space
+      what was ever lent at once, by size. No name in any file system, so a kill leaves nothing.
 Errors: OSError when the system has no memory for the map.
+
+Touching a fresh page costs 30 times the copy of a page, so memory is used again; and frames that the child writes where
+the owner reads them are not copied at all.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import fcntl
 import math
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.decode.records import DecodeRequest
+_SEGMENT_BYTES = 64 << 20
 
 
-class Arena:
-    """A mapping of the memory behind `fd`, which it owns."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """Part of a map; `offset` is its place in the file behind the map."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._map: mmap.mmap | None = None
-
-    @classmethod
-    def create(cls) -> Arena:
-        """A new, empty arena that can grow but not shrink: a damaged child cannot pull it away under a reader."""
-        fd = os.memfd_create("decode-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        return cls(fd)
-
-    @property
-    def size_bytes(self) -> int:
-        """How large the memory is."""
-        return os.fstat(self.fd).st_size
-
-    def grow(self, size_bytes: int) -> None:
-        """Make the memory at least this large."""
-        if size_bytes > self.size_bytes:
-            os.ftruncate(self.fd, size_bytes)
-
-    def frames(self, request: DecodeRequest) -> Sequence[np.ndarray]:
-        """The request's windows, one after the other: views, uint8 T H W 3, valid until the next request."""
-        if self._map is None or len(self._map) < request.decoded_bytes:
-            self._map = None  # the old map goes before the new one counts against the address space
-            self._map = mmap.mmap(self.fd, self.size_bytes)
-        views, offset = [], 0
-        for window in request.windows:
-            shape = (window.num_frames, request.shape.height, request.shape.width, 3)
-            size = int(np.prod(shape))
-            views.append(np.frombuffer(self._map, np.uint8, size, offset).reshape(shape))
-            offset += size
-        return views
-
-    def close(self) -> None:
-        """Give the descriptor back; the memory goes with the last view."""
-        self._map = None
-        os.close(self.fd)
+    memory: mmap.mmap
+    start: int
+    size_bytes: int
+    offset: int = 0
 
 
 class FrameMemory:
-    """Gives out arrays, and uses their memory again once nobody refers to them or to a view of them.
-
-    Touching a fresh page costs 30 times the copy of a page: that, and not the copy, is what a hand-over costs.
-    """
+    """Lends arrays, and lends their memory again once nobody refers to them or to a view of them."""
 
     def __init__(self, keep_bytes: int = 64 << 20) -> None:
         self._keep_bytes = keep_bytes
         # A deque's own methods are atomic; a lock would not do where the garbage collector may come in between.
-        self._free: collections.deque[mmap.mmap] = collections.deque()
+        self._free: dict[int, collections.deque[_Block]] = {}
 
     def empty(self, shape: tuple[int, ...]) -> np.ndarray:
         """A uint8 array whose values are left over."""
-        size_bytes = math.prod(shape)
-        memory = self._take(size_bytes)
-        whole = np.frombuffer(memory, np.uint8, size_bytes)
-        # Views refer to `whole`, so it goes last.
-        weakref.finalize(whole, self._give_back, memory).atexit = False
-        return whole.reshape(shape)
-
-    def copy(self, frames: np.ndarray) -> np.ndarray:
-        """An array of its own with the same values."""
-        copied = self.empty(frames.shape)
-        copied[...] = frames
-        return copied
+        return self._lend(shape)[0]
 
     @property
     def free_bytes(self) -> int:
-        """How much waits to be used again."""
-        return sum(map(len, list(self._free)))
+        """How much waits to be lent again."""
+        return sum(size_bytes * len(blocks) for size_bytes, blocks in list(self._free.items()))
 
-    def _take(self, size_bytes: int) -> mmap.mmap:
-        for _ in range(len(self._free)):
+    def _lend(self, shape: tuple[int, ...]) -> tuple[np.ndarray, _Block]:
+        size_bytes = math.prod(shape)
+        block = self._take(max(1, math.ceil(size_bytes / mmap.PAGESIZE)) * mmap.PAGESIZE)
+        whole = np.frombuffer(block.memory, np.uint8, size_bytes, block.start)
+        # Views refer to `whole`, so it goes last.
+        weakref.finalize(whole, self._give_back, block).atexit = False
+        return whole.reshape(shape), block
+
+    def _take(self, size_bytes: int) -> _Block:
+        try:
+            return self._free[size_bytes].pop()
+        except (KeyError, IndexError):
+            return self._new_block(size_bytes)
+
+    def _give_back(self, block: _Block) -> None:
+        self._free.setdefault(block.size_bytes, collections.deque()).append(block)
+        while self.free_bytes > self._keep_bytes:
+            # Sizes that nobody gives back any more go first; of this one, one stays, however large.
+            others = [
+                blocks for size_bytes, blocks in list(self._free.items()) if blocks and size_bytes != block.size_bytes
+            ]
+            blocks = others[0] if others else self._free[block.size_bytes]
+            if not others and len(blocks) <= 1:
+                return
             try:
-                memory = self._free.popleft()
+                self._drop(blocks.popleft())
             except IndexError:  # another thread was faster
-                break
-            if size_bytes <= len(memory) <= 2 * size_bytes:
-                return memory
-            self._free.append(memory)
-        pages = math.ceil(size_bytes / mmap.PAGESIZE)
-        return mmap.mmap(-1, pages * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                return
 
-    def _give_back(self, memory: mmap.mmap) -> None:
-        self._free.append(memory)
-        while self.free_bytes > self._keep_bytes and len(self._free) > 1:
-            self._free.popleft()
+    def _new_block(self, size_bytes: int) -> _Block:
+        return _Block(mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0, size_bytes)
+
+    def _drop(self, block: _Block) -> None:
+        """Give a block's pages back to the system: here they go with their map."""
+
+
+class SharedFrameMemory(FrameMemory):
+    """FrameMemory that a child process maps, too, by an inherited descriptor."""
+
+    def __init__(self, keep_bytes: int = 64 << 20) -> None:
+        super().__init__(keep_bytes)
+        self.fd = os.memfd_create("decode-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # It can grow but not shrink: a damaged child cannot pull it away under a reader.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        self._segment: mmap.mmap | None = None
+        self._segment_offset = self._used_bytes = 0
+        self._without_pages: dict[int, collections.deque[_Block]] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """How much the child has to map; not all of it has pages."""
+        return os.fstat(self.fd).st_size
+
+    def lend(self, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
+        """A uint8 array, and where the child finds it."""
+        array, block = self._lend(shape)
+        return array, block.offset
+
+    def close(self) -> None:
+        """Give the descriptor back; memory goes with the last array."""
+        os.close(self.fd)
+
+    def _new_block(self, size_bytes: int) -> _Block:
+        try:
+            return self._without_pages[size_bytes].pop()
+        except (KeyError, IndexError):
+            pass
+        # Few maps, since each holds a descriptor.
+        if self._segment is None or self._used_bytes + size_bytes > len(self._segment):
+            self._segment_offset, self._used_bytes = self.size_bytes, 0
+            length = max(_SEGMENT_BYTES, size_bytes)
+            os.ftruncate(self.fd, self._segment_offset + length)
+            self._segment = mmap.mmap(self.fd, length, offset=self._segment_offset)
+        start = self._used_bytes
+        self._used_bytes += size_bytes
+        return _Block(self._segment, start, size_bytes, self._segment_offset + start)
+
+    def _drop(self, block: _Block) -> None:
+        block.memory.madvise(mmap.MADV_REMOVE, block.start, block.size_bytes)
+        self._without_pages.setdefault(block.size_bytes, collections.deque()).append(block)
+
+
+class FrameView:
+    """The child's side of a SharedFrameMemory."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._map: mmap.mmap | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """How much there is to map."""
+        return os.fstat(self._fd).st_size
+
+    def array(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        """What the owner has lent itself under this offset."""
+        size_bytes = math.prod(shape)
+        if self._map is None or len(self._map) < offset + size_bytes:
+            self._map = None  # the old map goes before the new one counts against the address space
+            self._map = mmap.mmap(self._fd, self.size_bytes)
+        return np.frombuffer(self._map, np.uint8, size_bytes, offset).reshape(shape)

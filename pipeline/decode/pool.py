@@ -26,8 +26,8 @@ Result = TypeVar("Result")
 class DecodePool(Protocol):
     """Whatever decodes in the background."""
 
-    def submit(self, request: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
-        """One outcome per window; bad media is an outcome, not an exception."""
+    def submit(self, *requests: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
+        """One outcome per window of all requests, in order; bad media is an outcome, not an exception."""
         ...
 
     def probe(self, source: MediaSource) -> Future[MediaInfo]:
@@ -70,8 +70,8 @@ class ProcessPool:
         for process in self._processes:
             process.start()
 
-    def submit(self, request: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
-        return self._threads.submit(self._run, lambda process: process.decode(request))
+    def submit(self, *requests: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
+        return self._threads.submit(self._run, lambda process: process.decode(*requests))
 
     def probe(self, source: MediaSource) -> Future[MediaInfo]:
         return self._threads.submit(self._run, lambda process: process.probe(source))

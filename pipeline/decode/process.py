@@ -1,9 +1,9 @@
 """A decoder that can be killed: one warm child process, its time limit, and whom to blame when it dies.
 
-In:   DecodeRequests and MediaSources, one at a time.
+In:   DecodeRequests, several in one message where they are small; MediaSources, one at a time.
 Out:  outcomes whose arrays are theirs for as long as anything refers to them; MediaInfo.
-Cost: per request two JSON lines and one copy of the frames, into memory that is used again when they are dropped; per
-    child about 0.3 s to start.
+Cost: per message two JSON lines, and no copy of the frames: their memory is used again when they are dropped; per child
+    about 0.3 s to start.
 Errors: bad media is a DecodeError outcome: `crash`, `timeout` or `out_of_memory` for a window that ended two processes.
     ShardError and UnitError from storage, and UnitError when no child can be started, are raised.
 
@@ -14,11 +14,11 @@ same process helps. The child is a fresh interpreter, never a fork of this one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import NoReturn
 
-from pipeline.decode.arena import FrameMemory
 from pipeline.decode.backend import damage, pieces_of
 from pipeline.decode.child_process import ChildLost, ChildProcess
 from pipeline.decode.limits import DecodeLimits
@@ -38,7 +38,6 @@ class DecodeProcess:
     def __init__(self, limits: DecodeLimits, child_module: str = "pipeline.decode.child") -> None:
         self._limits, self._child_module = limits, child_module
         self._child: ChildProcess | None = None
-        self._memory = FrameMemory()
         self._state = threading.Lock()  # guards _child and _closed, never held for long
         self._busy = threading.Lock()  # held while a request is served
         self._closed = False
@@ -78,23 +77,23 @@ class DecodeProcess:
             except ChildLost as lost:
                 raise _blame(source, lost) from lost
 
-    def decode(self, request: DecodeRequest) -> tuple[DecodeOutcome, ...]:
-        """One outcome per window, in the request's order.
+    def decode(self, *requests: DecodeRequest) -> tuple[DecodeOutcome, ...]:
+        """One outcome per window, in order, of requests that go in one message: many small ones then cost less.
 
         Raises:
-            ShardError: the source cannot be opened.
+            ShardError: a source cannot be opened.
             UnitError: reading it broke off, or no child can be started.
         """
-        if not request.windows:
+        requests = tuple(request for request in requests if request.windows)
+        if not requests:
             return ()
         with self._busy:
             try:
-                return self._attempt(request)
+                return self._attempt(requests)
             except ChildLost as lost:
-                if len(request.windows) == 1:
-                    return (self._decode_single(request, lost),)
-            outcomes = dict(self._decode_singles(request))
-        return tuple(outcomes[position] for position in range(len(request.windows)))
+                if sum(len(request.windows) for request in requests) == 1:
+                    return (self._decode_single(requests[0], lost),)
+            return tuple(itertools.chain.from_iterable(map(self._decode_by_window, requests)))
 
     def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
         """The one window of a request as consecutive clips of `piece_frames` frames; the last one may be shorter.
@@ -124,6 +123,10 @@ class DecodeProcess:
         with self._busy:
             self._discard_child()
 
+    def _decode_by_window(self, request: DecodeRequest) -> list[DecodeOutcome]:
+        outcomes = dict(self._decode_singles(request))
+        return [outcomes[position] for position in range(len(request.windows))]
+
     def _decode_singles(self, request: DecodeRequest) -> Iterator[tuple[int, DecodeOutcome]]:
         """Each window by itself, by the end of the window: a later one decodes all that an earlier one did.
 
@@ -145,19 +148,23 @@ class DecodeProcess:
         """One window, until it is decoded or has ended two processes, `lost` being the first."""
         for _ in range(_STRIKES - (lost is not None)):
             try:
-                return self._attempt(request, stream_stop)[0]
+                return self._attempt((request,), stream_stop)[0]
             except ChildLost as now:
                 lost = now
         assert lost is not None
         return _blame(request.source, lost)
 
-    def _attempt(self, request: DecodeRequest, stream_stop: int | None = None) -> tuple[DecodeOutcome, ...]:
+    def _attempt(self, requests: Sequence[DecodeRequest], stream_stop: int | None = None) -> tuple[DecodeOutcome, ...]:
         child = self._running_child()
-        child.arena.grow(request.decoded_bytes)
-        child.clips_served += len(request.windows)
-        message: Json = {"decode": request_to_json(request), "stream_stop": stream_stop}
-        reply = self._exchange(message, self._limits.decode_seconds(request))
-        outcomes = outcomes_from_json(reply, child.arena.frames(request), self._memory.copy)
+        frames, offsets = zip(
+            *(child.memory.lend(shape) for request in requests for shape in request.frame_shapes), strict=True
+        )
+        child.clips_served += len(frames)
+        message: Json = {"decode": [request_to_json(request) for request in requests], "offsets": offsets}
+        # Requests that share a message are small. Should they take longer together, each gets its time by itself.
+        seconds = max(map(self._limits.decode_seconds, requests))
+        reply = self._exchange(message | {"stream_stop": stream_stop}, seconds)
+        outcomes = outcomes_from_json(reply, frames)
         if child.clips_served >= self._limits.clips_per_process:
             self._discard_child()
         return outcomes

@@ -129,6 +129,11 @@ class DecodeRequest:
         """Size of all wanted frames."""
         return sum(window.num_frames for window in self.windows) * self.shape.height * self.shape.width * 3
 
+    @property
+    def frame_shapes(self) -> list[tuple[int, int, int, int]]:
+        """T H W 3 of each window."""
+        return [(window.num_frames, self.shape.height, self.shape.width, 3) for window in self.windows]
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodedClip:

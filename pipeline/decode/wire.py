@@ -8,7 +8,7 @@ Errors: KeyError for a dictionary that the other side did not make.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -59,16 +59,14 @@ def outcome_to_json(outcome: DecodeOutcome) -> Json:
     return {"pts_seconds": outcome.pts_seconds.tolist(), "decoder": outcome.decoder}
 
 
-def outcomes_from_json(
-    reply: Json, frames: Sequence[np.ndarray], copied: Callable[[np.ndarray], np.ndarray]
-) -> tuple[DecodeOutcome, ...]:
-    """The outcomes of a reply; `frames` has every window's, and those that succeeded are copied."""
+def outcomes_from_json(reply: Json, frames: Sequence[np.ndarray]) -> tuple[DecodeOutcome, ...]:
+    """The outcomes of a reply; `frames` has every window's."""
     outcomes = reply["outcomes"]
     cost = [reply[name] / len(outcomes) for name in ("cpu_seconds", "wait_seconds")]
     return tuple(
         _decode_error(fields)
         if "error" in fields
-        else DecodedClip(copied(pictures), np.array(fields["pts_seconds"], np.float64), fields["decoder"], *cost)
+        else DecodedClip(pictures, np.array(fields["pts_seconds"], np.float64), fields["decoder"], *cost)
         for fields, pictures in zip(outcomes, frames, strict=True)
     )
 

@@ -12,7 +12,7 @@ import torch
 from models.spec import Posterior, VideoEncoder
 from pipeline.buckets import BucketConfig
 from pipeline.commit import RowFacts, RowResult
-from pipeline.decode.arena import FrameMemory
+from pipeline.decode.frame_memory import FrameMemory
 from pipeline.decode.records import DecodedClip
 from pipeline.encode import StreamedClip, encode_slice, to_batch
 from pipeline.errors import DecodeError, SampleError

@@ -19,7 +19,7 @@ from pipeline.buckets import Bucket, BucketConfig
 from pipeline.byte_window import ByteWindow
 from pipeline.clip_streams import StreamPlan
 from pipeline.decode.records import DecodeRequest
-from pipeline.decode_requests import Decoders, next_slice, require_unchanged, to_requests
+from pipeline.decode_requests import Decoders, next_slice, require_unchanged, to_messages, to_requests
 from pipeline.errors import ShardError, StoreError, UnitError
 from pipeline.ledger import read_rows, unit_name
 from pipeline.placement import Clip
@@ -365,10 +365,10 @@ def test_a_unit_error_fails_its_unit_and_gives_the_window_back(make: Callable[..
 
 def test_an_error_from_submit_fails_the_unit_and_gives_the_window_back(make: Callable[..., Setup]) -> None:
     class Refusing(FakeDecoders):
-        def submit(self, request: DecodeRequest):  # type: ignore[no-untyped-def]
-            if request.source.key == "b":
+        def submit(self, *requests: DecodeRequest):  # type: ignore[no-untyped-def]
+            if any(request.source.key == "b" for request in requests):
                 raise UnitError("no room")
-            return super().submit(request)
+            return super().submit(*requests)
 
     setup = make(Refusing())
     futures = [setup.worker.submit(unit) for unit in setup.units]
@@ -414,7 +414,7 @@ class BrokenStorage(LocalStorage):
 
 
 class BrokenDecoders(FakeDecoders):
-    def submit(self, request: DecodeRequest):  # type: ignore[no-untyped-def]
+    def submit(self, *requests: DecodeRequest):  # type: ignore[no-untyped-def]
         raise ZeroDivisionError("a bug in decoders")
 
 
@@ -502,7 +502,7 @@ def test_close_without_finish_does_not_wait_for_a_hanging_decode(
     began, ends = threading.Event(), threading.Event()
 
     class Hanging:
-        def submit(self, request: DecodeRequest) -> Hanging:
+        def submit(self, *requests: DecodeRequest) -> Hanging:
             return self
 
         def result(self) -> None:
@@ -533,11 +533,13 @@ def test_a_unit_that_its_owner_cancelled_does_no_harm(make: Callable[..., Setup]
     assert setup.worker._window._used_bytes == 0
 
 
-def test_seconds_say_what_the_encoder_waited_for(make: Callable[..., Setup]) -> None:
+def test_seconds_say_what_the_encoder_waited_for(make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.decode_requests._MESSAGE_REQUESTS", 1)
+
     class Slow(FakeDecoders):
-        def submit(self, request: DecodeRequest):  # type: ignore[no-untyped-def]
+        def submit(self, *requests: DecodeRequest):  # type: ignore[no-untyped-def]
             time.sleep(0.05)  # as a feed that reads an index from far away
-            return super().submit(request)
+            return super().submit(*requests)
 
     setup = make(Slow())
     report = setup.worker.submit(setup.units[0]).result(10)
@@ -590,6 +592,25 @@ def test_requests_group_windows_of_a_sample(group_clips: float, expected: list[i
     assert [window for request in requests for window in request.windows] == [clip.window for clip in clips]
     assert {request.source.offset for request in requests} == {0, 512}
     assert (requests[0].shape.height, requests[0].shape.width) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("height", "group_clips", "expected"),
+    [(64, 1000, [16, 16, 8]), (64, 7, [7, 7, 7, 7, 7, 5]), (6400, 1000, [4] * 10), (64000, 1000, [1] * 40)],
+)
+def test_messages_take_small_neighbours_together(height: int, group_clips: int, expected: list[int]) -> None:
+    clips = clips_in(range(40), per_sample=1)
+    clips = [dataclasses.replace(clip, media=dataclasses.replace(clip.media, height=height)) for clip in clips]
+    messages = to_messages(clips, recipe_of(4), group_clips * CLIP_BYTES)
+    assert [len(requests) for requests in messages] == expected
+    requests = to_requests(clips, recipe_of(4), group_clips * CLIP_BYTES)
+    assert [request for together in messages for request in together] == requests
+
+
+def test_messages_count_the_windows_of_a_sample() -> None:
+    clips = clips_in(range(12), per_sample=3)
+    messages = to_messages(clips, recipe_of(4), 7 * CLIP_BYTES)
+    assert [[len(request.windows) for request in requests] for requests in messages] == [[3, 3], [3, 3]]
 
 
 def test_requests_do_not_mix_shards() -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.decode.arena import Arena
 from pipeline.decode.backend import decode_windows, probe_media
+from pipeline.decode.frame_memory import FrameView, SharedFrameMemory
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pool import ProcessPool
 from pipeline.decode.process import DecodeProcess
@@ -207,24 +207,25 @@ def test_a_hang_that_holds_the_gil_fails_its_window_and_those_behind_it(video, t
 
 def test_the_child_ends_itself_when_it_hangs_and_its_owner_is_gone(video, tmp_path):
     """The second net: faulthandler's timer needs no GIL."""
-    arena = Arena.create()
+    memory = SharedFrameMemory()
     request = request_of(stored(tmp_path, video, key="hang@0"), (0, 1))
-    arena.grow(request.decoded_bytes)
+    _, offset = memory.lend(request.frame_shapes[0])
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", MISBEHAVING, str(arena.fd), json.dumps(dataclasses.asdict(LIMITS))],
+        [sys.executable, "-P", "-m", MISBEHAVING, str(memory.fd), json.dumps(dataclasses.asdict(LIMITS))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        pass_fds=(arena.fd,),
+        pass_fds=(memory.fd,),
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     ) as child:
         assert json.loads(child.stdout.readline()) == {"ready": True}
         # The grace of 5 seconds, less 4.5.
-        child.stdin.write(json.dumps({"decode": request_to_json(request), "seconds": -4.5}).encode() + b"\n")
+        message = {"decode": [request_to_json(request)], "offsets": [offset], "seconds": -4.5}
+        child.stdin.write(json.dumps(message).encode() + b"\n")
         child.stdin.flush()
         assert child.wait(timeout=10) == 1
         assert b"Timeout" in child.stderr.read()
-    arena.close()
+    memory.close()
 
 
 def test_an_idle_child_ends_with_its_owner(source):
@@ -252,11 +253,10 @@ def test_an_idle_child_ends_with_its_owner(source):
 def test_the_child_has_its_limits(source):
     limits = dataclasses.replace(LIMITS, memory_bytes=3 << 30)
     with DecodeProcess(limits) as process:
-        request = request_of(source, (0, 8))
-        process.decode(request)
+        process.decode(request_of(source, (0, 8)))
         text = Path(f"/proc/{process.pid}/limits").read_text()
         rows = {line[:26].strip(): line[26:].split() for line in text.splitlines()}
-        assert int(rows["Max address space"][0]) == (3 << 30) + request.decoded_bytes
+        assert int(rows["Max address space"][0]) == (3 << 30) + (64 << 20)  # and one segment of frames
         assert rows["Max core file size"][:2] == ["0", "0"]
 
 
@@ -292,12 +292,73 @@ def test_a_closed_process_serves_no_more(source):
         process.probe(source)
 
 
-def test_an_arena_cannot_be_pulled_away():
-    arena = Arena.create()
-    arena.grow(4096)
+def test_shared_memory_cannot_be_pulled_away():
+    memory = SharedFrameMemory()
+    memory.lend((1, 4, 4, 3))
     with pytest.raises(PermissionError):
-        os.ftruncate(arena.fd, 0)
-    arena.close()
+        os.ftruncate(memory.fd, 0)
+    memory.close()
+
+
+def test_both_sides_see_the_same_memory_however_it_grows():
+    memory = SharedFrameMemory()
+    view = FrameView(memory.fd)
+    shapes = [(2, 8, 8, 3), (1, 4096, 4096, 3), (9, 16, 16, 3), (2, 4096, 4096, 3), (2, 8, 8, 3)]
+    lent = [memory.lend(shape) for shape in shapes]
+    for number, (_, offset) in enumerate(lent):
+        view.array(offset, shapes[number])[...] = number
+    for number, (array, _) in enumerate(lent):
+        assert array.shape == shapes[number]
+        assert (array == number).all()
+    memory.close()
+
+
+def test_shared_memory_that_is_not_kept_gives_its_pages_back_and_its_place_is_used_again():
+    memory = SharedFrameMemory(keep_bytes=1 << 20)
+
+    def held_bytes():
+        return os.fstat(memory.fd).st_blocks * 512
+
+    clips = [memory.lend((1, 512, 1024, 3))[0] for _ in range(8)]
+    for clip in clips:
+        clip[...] = 1
+    assert held_bytes() == 8 * clips[0].nbytes
+    size, nbytes = memory.size_bytes, clips[0].nbytes
+    del clip, clips[0]
+    assert held_bytes() == 8 * nbytes  # one is kept, whatever its size
+    clips.clear()
+    assert held_bytes() == nbytes
+    clips = [memory.lend((1, 512, 1024, 3)) for _ in range(8)]
+    assert len({offset for _, offset in clips}) == 8
+    assert memory.size_bytes == size
+    memory.close()
+
+
+def test_requests_in_one_message_are_those_requests(source, tmp_path, process):
+    image = stored(tmp_path, numbered_image(), kind="image")
+    requests = [
+        request_of(source, (9, 20), (0, 5)),
+        request_of(source),
+        request_of(image, (0, 1)),
+        request_of(stored(tmp_path, b"no video"), (0, 1)),
+        request_of(source, (12, 8), grid=Grid(Fraction(30000, 1001)), shape=ClipShape(128, 96)),
+    ]
+    together = process.decode(*requests)
+    apart = [outcome for request in requests for outcome in process.decode(request)]
+    reasons = [None if isinstance(outcome, DecodedClip) else outcome.reason for outcome in together]
+    assert reasons == [None, None, None, "not_media", None]
+    for one, other in zip(together, apart, strict=True):
+        assert str(one) == str(other) if isinstance(one, DecodeError) else np.array_equal(one.frames, other.frames)
+
+
+@pytest.mark.parametrize(("behaviour", "reason"), [("crash", "crash"), ("hang", "timeout"), ("oom", "out_of_memory")])
+def test_of_requests_in_one_message_only_the_one_that_kills_is_blamed(behaviour, reason, video, tmp_path):
+    bad = stored(tmp_path, video, key=f"{behaviour}@20")
+    good = MediaSource(bad.path, bad.offset, bad.size_bytes, "video", key="good@99")
+    with DecodeProcess(IMPATIENT, MISBEHAVING) as process:
+        requests = [request_of(good, (18, 4)), request_of(bad, (18, 4), (0, 5)), request_of(good, (30, 2), (0, 3))]
+        outcomes = process.decode(*requests)
+    assert summary(outcomes) == [(18, 21), reason, (0, 4), (30, 31), (0, 2)]
 
 
 def test_a_pool_decodes_side_by_side_and_leaves_nothing(source, tmp_path):
