@@ -137,8 +137,9 @@ def time_lines(progress: Progress) -> tuple[str, str]:
         "decode": progress.decode_seconds,
         "wait for the first frames": progress.start_seconds,
         "wait for input": progress.starved_seconds,
-        "copy": progress.copy_seconds,
+        "batch": progress.batch_seconds,
         "encode": progress.encode_seconds,
+        "rows": progress.rows_seconds + progress.copy_seconds,
         "wait for output": progress.blocked_seconds,
         "write and commit": progress.write_seconds,
     }

@@ -90,13 +90,16 @@ class _RayDecode:
             return self._get(self._reference, self._requests)
         except _SUSPECT:
             outcomes: list[DecodeOutcome] = []
-            for request, window in ((request, window) for request in self._requests for window in request.windows):
-                single = [dataclasses.replace(request, windows=(window,))]
+            for single in self._single_windows():
                 try:
-                    outcomes += self._get(self._start(single), single)
+                    outcomes += self._get(self._start([single]), [single])
                 except _SUSPECT:
                     outcomes.append(DecodeError("crash", "the decoder's process died twice"))
             return tuple(outcomes)
+
+    def _single_windows(self) -> Iterator[DecodeRequest]:
+        for request in self._requests:
+            yield from (dataclasses.replace(request, windows=(window,)) for window in request.windows)
 
     def _get(self, reference: Any, requests: Sequence[DecodeRequest]) -> tuple[DecodeOutcome, ...]:
         for _ in range(_LOST_TRIES):

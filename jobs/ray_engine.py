@@ -10,8 +10,10 @@ Ray retries nothing: the controller decides about units and workers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import queue
 import sys
 import traceback
 import uuid
@@ -29,6 +31,7 @@ from pipeline.decode.pool import ProcessPool
 from pipeline.decode_requests import Decoders
 from pipeline.engine import Event, UnitDone, UnitFailed, WorkerLost, WorkerReady
 from pipeline.errors import JobError, LatentmillError
+from pipeline.heap import HEAP_ENVIRONMENT
 from pipeline.plan import Unit, load_plan
 from pipeline.storage import open_storage
 from pipeline.store import open_header
@@ -56,6 +59,8 @@ class EncodeActor:
     """An encode worker in a Ray actor: setup once, encode units, several in flight."""
 
     def __init__(self, spec: WorkerSpec) -> None:
+        for name in HEAP_ENVIRONMENT:
+            os.environ.pop(name, None)  # read by now; decode processes have settings of their own
         self._spec = spec
         self._worker: EncodeWorker | None = None
 
@@ -104,6 +109,7 @@ class RayEngine:
         self._actor_type: Any = ray.remote(
             num_gpus=1 if on_gpu else 0,
             num_cpus=spec.share.cpus,
+            runtime_env={} if on_gpu else {"env_vars": HEAP_ENVIRONMENT},
             max_restarts=0,
             max_task_retries=0,
         )(EncodeActor)
@@ -111,18 +117,23 @@ class RayEngine:
         self._actors: dict[str, Any] = {}
         self._places: dict[str, dict[str, Any]] = {}
         self._pending: dict[Any, tuple[str, Unit | None]] = {}
-        self._lost: list[Event] = []
+        self._completed: queue.SimpleQueue[Any] = queue.SimpleQueue()  # references among the pending
 
     def start_worker(self) -> str:
         name = f"encode-{uuid.uuid4().hex[:8]}"
         actor = self._actor_type.options(name=name, max_concurrency=self._concurrency).remote(self._spec)
         self._actors[name] = actor
-        self._pending[actor.setup.remote()] = (name, None)
+        self._await(actor.setup.remote(), name, None)
         return name
 
     def submit(self, worker: str, unit: Unit) -> None:
         reference = self._actors[worker].encode.options(name=f"encode {unit.name}").remote(unit)
+        self._await(reference, worker, unit)
+
+    def _await(self, reference: Any, worker: str, unit: Unit | None) -> None:
+        """Ray tells when it is there: `ray.wait` would look at all that are pending, at every turn."""
         self._pending[reference] = (worker, unit)
+        reference.future().add_done_callback(lambda _: self._completed.put(reference))
 
     @property
     def places(self) -> dict[str, dict[str, Any]]:
@@ -130,14 +141,12 @@ class RayEngine:
         return dict(self._places)
 
     def wait(self, timeout_seconds: float) -> Sequence[Event]:
-        if not self._pending:
-            return []
-        ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_seconds)
-        if ready:
-            ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
-        events = [event for reference in ready if (event := self._settle(reference)) is not None]
-        lost, self._lost = self._lost, []
-        return [*events, *lost]
+        references = []
+        with contextlib.suppress(queue.Empty):
+            references.append(self._completed.get(timeout=timeout_seconds))
+            while True:
+                references.append(self._completed.get_nowait())
+        return [event for reference in references if (event := self._settle(reference)) is not None]
 
     def _settle(self, reference: Any) -> Event | None:
         worker, unit = self._pending.pop(reference)

@@ -28,7 +28,8 @@ from pipeline.plan import Plan, Unit
 from pipeline.recipe import Recipe
 from pipeline.storage import Storage
 
-_COLUMNS = ["key", "shard", "status", "reason", "detail"]
+_COUNTED = ["status", "reason"]
+_TOLD = ["key", "shard", "status", "reason", "detail"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +86,15 @@ def take_account(storage: Storage, plan: Plan, max_failures: int = 0) -> Account
     Raises:
         StoreError: a fragment is damaged or missing, or its rows are not those that the plan counts.
     """
-    tally = _Tally(max_failures)
+    tally, columns = _Tally(max_failures), _TOLD if max_failures else _COUNTED
     unplaced = 0
     for shard, lines in groupby(plan.unplaced(), key=lambda line: line.shard):
         num_samples = sum(line.rows for line in lines)
         unplaced += num_samples
         if num_samples:
-            tally.add(ledger.read_fragment(storage, ledger.unplaced_name(shard), _COLUMNS).table)
+            tally.add(ledger.read_fragment(storage, ledger.unplaced_name(shard), columns).table)
     units_done = clips_done = 0
-    for _, table in ledger.done_fragments(storage, plan, _COLUMNS):
+    for _, table in ledger.done_fragments(storage, plan, columns):
         tally.add(table)
         units_done += 1
         clips_done += table.num_rows
@@ -119,10 +120,11 @@ class _Tally:
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, table: pa.Table) -> None:
-        rows = table.to_pylist()
-        self.counts.update((row["status"], row["reason"]) for row in rows)
-        room = self.max_failures - len(self.failures)
-        self.failures += [row for row in rows if row["status"] == FAILED][:room]
+        statuses = table["status"].to_pylist()
+        self.counts.update(zip(statuses, table["reason"].to_pylist(), strict=True))
+        if (room := self.max_failures - len(self.failures)) > 0 and FAILED in statuses:
+            failed = table.filter(pa.compute.equal(table["status"], FAILED))
+            self.failures += failed.slice(0, room).to_pylist()
 
     def by_reason(self, wanted: str) -> dict[str, int]:
         return {reason: count for (status, reason), count in sorted(self.counts.items()) if status == wanted}

@@ -2,7 +2,7 @@
 
 In:   the units left, and events: done, failed, lost.
 Out:  leases; a decision to go on or a JobError to stop with; Progress.
-Cost: microseconds per event; memory for what is in flight or broke before, not for all units.
+Cost: microseconds per event; memory for what is in flight, reserved or broke before, not for all units.
 Errors: FailureLimitError when too many clips failed; JobError when units or workers cannot be saved.
 
 Blame. A lost worker gives its units back; each is suspected once more, unless the loss was the cluster's (preemption, a
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline.errors import FailureLimitError, JobError
 from pipeline.plan import Unit
@@ -25,7 +25,7 @@ _ALONE_FROM = 2
 _DEATHS_ALONE = 2
 _UNIT_TRIES = 3
 _FAILURES_TOLD = 20
-_SECONDS = ("encode", "copy", "start", "starved", "blocked", "write", "decode", "read")
+_SECONDS = ("encode", "copy", "batch", "rows", "start", "starved", "blocked", "write", "decode", "read")
 _SUMMED = ("frames", "bytes_read", "bytes_written", *(f"{stage}_seconds" for stage in _SECONDS))
 
 
@@ -62,6 +62,8 @@ class Progress:
     bytes_written: int = 0
     encode_seconds: float = 0.0
     copy_seconds: float = 0.0
+    batch_seconds: float = 0.0
+    rows_seconds: float = 0.0
     start_seconds: float = 0.0
     starved_seconds: float = 0.0
     blocked_seconds: float = 0.0
@@ -100,21 +102,26 @@ class Controller:
         self.progress = Progress()
         self.given_up: dict[Unit, str] = {}
         self._fresh: Iterator[Unit] = iter(units)
-        self._again: deque[Unit] = deque()
-        self._leases: dict[str, list[Unit]] = {}
+        self._waiting: deque[Unit] = deque()  # those given back, and the first of the fresh ones
+        self._suspects: deque[Unit] = deque()  # given back, and to run alone
+        self._leases: dict[str, list[Unit]] = {}  # of the workers that hold any
         self._in_flight = 0
         self._suspicion: Counter[Unit] = Counter()  # of units that are not done
         self._tries: Counter[Unit] = Counter()  # likewise
         self._lost_workers = 0
 
-    def lease(self, worker: str) -> Unit | None:
-        """The next unit for a worker, or None when it has enough or nothing is left."""
+    def lease(self, worker: str, reserved: int = 0) -> Unit | None:
+        """The next unit for a worker, or None when it has enough or nothing is left for it.
+
+        Args:
+            worker: its name.
+            reserved: how many of the waiting units, from the first on, only a worker that holds nothing may have.
+        """
         if not self.has_room(worker):
             return None
-        held = self._leases.setdefault(worker, [])
-        unit = self._next(bool(held))
+        unit = self._next_ahead(reserved) if worker in self._leases else self._next()
         if unit is not None:
-            held.append(unit)
+            self._leases.setdefault(worker, []).append(unit)
             self._in_flight += 1
         return unit
 
@@ -123,15 +130,21 @@ class Controller:
         held = self._leases.get(worker, ())
         return len(held) < self.policy.units_in_flight and not any(self._is_alone(unit) for unit in held)
 
-    def _next(self, worker_is_busy: bool) -> Unit | None:
-        for _ in range(len(self._again)):
-            unit = self._again.popleft()
-            if not (self._is_alone(unit) and worker_is_busy):
-                return unit
-            self._again.append(unit)
-        if self._again and worker_is_busy:
+    def _next(self) -> Unit | None:
+        if self._suspects:
+            return self._suspects.popleft()
+        return self._waiting.popleft() if self.has_units() else None
+
+    def _next_ahead(self, reserved: int) -> Unit | None:
+        if self._suspects:
             return None  # A suspect waits for this worker to be empty.
-        return next(self._fresh, None)
+        if self.has_units(reserved * self.policy.units_in_flight):
+            reserved = 0  # There is enough for all who may come, and who never comes must hold nothing up.
+        elif not self.has_units(reserved):
+            return None
+        unit = self._waiting[reserved]
+        del self._waiting[reserved]
+        return unit
 
     def _is_alone(self, unit: Unit) -> bool:
         return self._suspicion[unit] >= _ALONE_FROM
@@ -144,11 +157,12 @@ class Controller:
     def in_flight(self) -> int:
         return self._in_flight
 
-    def has_units(self) -> bool:
-        """Whether anything is left to lease."""
-        if not self._again:
-            self._again.extend(itertools.islice(self._fresh, 1))
-        return bool(self._again)
+    def has_units(self, more_than: int = 0) -> bool:
+        """Whether more than that many units are left to lease."""
+        missing = more_than + 1 - len(self._suspects) - len(self._waiting)
+        if missing > 0:
+            self._waiting.extend(itertools.islice(self._fresh, missing))
+        return len(self._suspects) + len(self._waiting) > more_than
 
     def finished(self) -> bool:
         """Whether nothing is leased and nothing is left to lease."""
@@ -180,7 +194,7 @@ class Controller:
         if self._tries[unit] >= _UNIT_TRIES:
             self.given_up[unit] = f"failed {_UNIT_TRIES} times, at last: {error}"
         else:
-            self._again.append(unit)
+            self._take_back([unit])
 
     def lost(self, worker: str, cause: str, infrastructure: bool) -> None:
         """A worker died with its leases.
@@ -191,14 +205,9 @@ class Controller:
         units = self._leases.pop(worker, [])
         self._in_flight -= len(units)
         if infrastructure:
-            self._again.extend(units)
+            self._take_back(units)
             return
-        for unit in units:
-            self._suspicion[unit] += 1
-            if self._suspicion[unit] >= _ALONE_FROM + _DEATHS_ALONE:
-                self.given_up[unit] = f"killed its worker {_DEATHS_ALONE} times while alone on it: {cause}"
-            else:
-                self._again.append(unit)
+        self._suspect(units, cause)
         self._lost_workers += 1
         if self._lost_workers > self.policy.max_lost_workers:
             raise JobError(
@@ -206,11 +215,25 @@ class Controller:
                 f"with: {cause}. Mend the cause; the same command goes on."
             )
 
+    def _suspect(self, units: Sequence[Unit], cause: str) -> None:
+        self._suspicion.update(units)
+        for unit in units:
+            if self._suspicion[unit] >= _ALONE_FROM + _DEATHS_ALONE:
+                self.given_up[unit] = f"killed its worker {_DEATHS_ALONE} times while alone on it: {cause}"
+        self._take_back([unit for unit in units if unit not in self.given_up])
+
+    def _take_back(self, units: Sequence[Unit]) -> None:
+        """Units that broke or were lost go first: what is left to do with them is not known."""
+        self._suspects.extend(unit for unit in units if self._is_alone(unit))
+        self._waiting.extendleft(unit for unit in reversed(units) if not self._is_alone(unit))
+
     def _release(self, worker: str, unit: Unit) -> None:
         held = self._leases.get(worker, [])
         if unit not in held:
             raise RuntimeError(f"{worker} reports {unit.name}, which is not leased to it")
         held.remove(unit)
+        if not held:
+            del self._leases[worker]
         self._in_flight -= 1
 
     def judge(self) -> None:

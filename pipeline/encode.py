@@ -49,6 +49,33 @@ class EncoderTimer:
         self.seconds += time.perf_counter() - started
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A slice put together for the encoder.
+
+    frames: uint8 [B, T, H, W, 3]; None when no clip could be decoded, or once they are encoded. results: how each
+    clip's frames were had, or why they were not.
+    """
+
+    clips: Sequence[Clip]
+    frames: np.ndarray | None
+    results: tuple[RowResult, ...]
+
+
+def make_batch(recipe: Recipe, clips: Sequence[Clip], outcomes: Sequence[DecodeOutcome]) -> Batch:
+    """The batch of a slice; frames that it copies are not needed any more."""
+    results = tuple(map(_facts, outcomes))
+    if not any(isinstance(outcome, DecodedClip) for outcome in outcomes):
+        return Batch(clips, None, results)
+    return Batch(clips, to_batch(clips, outcomes, recipe.batch_size(clips[0].bucket)), results)
+
+
+def _facts(outcome: DecodeOutcome) -> RowResult:
+    if isinstance(outcome, SampleError):
+        return outcome
+    return RowFacts(outcome.decoder, tuple(outcome.pts_seconds.tolist()))
+
+
 def to_batch(clips: Sequence[Clip], outcomes: Sequence[DecodeOutcome], batch_size: int) -> np.ndarray:
     """uint8 frames [B, T, H, W, 3] of a slice; short windows are padded by repeating their last frame."""
     bucket = clips[0].bucket
@@ -71,32 +98,41 @@ def _is_batch(frames: np.ndarray, num_frames: int) -> bool:
     return len(frames) == num_frames and bool(frames.flags.writeable)
 
 
-def encode_slice(
-    encoder: VideoEncoder,
-    recipe: Recipe,
-    clips: Sequence[Clip],
-    outcomes: Sequence[DecodeOutcome],
-    timer: EncoderTimer | None = None,
-) -> tuple[np.ndarray, list[RowResult]]:
-    """Stored rows of a slice and what became of each of its clips."""
-    timer = timer or EncoderTimer()
-    shape = recipe.row_shape(clips[0].bucket)
-    if not any(isinstance(outcome, DecodedClip) for outcome in outcomes):
+def encode_batch(encoder: VideoEncoder, recipe: Recipe, batch: Batch) -> Posterior | None:
+    """What the encoder makes of a batch, its zeros included; None for a batch without frames."""
+    if batch.frames is None:
+        return None
+    return encoder.encode(torch.from_numpy(batch.frames), recipe.encode.chunk_frames)
+
+
+def to_rows(recipe: Recipe, batch: Batch, posterior: Posterior | None) -> tuple[np.ndarray, list[RowResult]]:
+    """Stored rows of a batch's clips, and what became of each.
+
+    Raises:
+        RuntimeError: the posterior is not what the encoder's card promises.
+    """
+    clips, shape = batch.clips, recipe.row_shape(batch.clips[0].bucket)
+    if posterior is None:
         empty = to_stored(np.full((len(clips), *shape), np.nan, np.float32), recipe.encode.dtype)
-        return empty, [outcome for outcome in outcomes if isinstance(outcome, SampleError)]
-    batch = torch.from_numpy(to_batch(clips, outcomes, recipe.batch_size(clips[0].bucket)))
-    with timer.running():
-        posterior = encoder.encode(batch, recipe.encode.chunk_frames)
+        return empty, list(batch.results)
     is_drawn = recipe.encode.posterior == "sample"
     shape_drawn = posterior.mean.shape[1:]
     noise = [_noise(clip, recipe.encode.sample_seed, shape_drawn) for clip in clips] if is_drawn else []
     values = _select(_first(posterior, len(clips)), recipe, noise)
     if values.shape != (len(clips), *shape):
-        raise RuntimeError(f"{encoder.card.name} made {values.shape=}, the plan says {(len(clips), *shape)}")
+        raise RuntimeError(f"{recipe.encoder.name} made {values.shape=}, the plan says {(len(clips), *shape)}")
     stored = to_stored(values, recipe.encode.dtype)
     return stored, [
-        _judge(outcome, value, row, recipe) for outcome, value, row in zip(outcomes, values, stored, strict=True)
+        _judge(result, value, row, recipe) for result, value, row in zip(batch.results, values, stored, strict=True)
     ]
+
+
+def encode_slice(
+    encoder: VideoEncoder, recipe: Recipe, clips: Sequence[Clip], outcomes: Sequence[DecodeOutcome]
+) -> tuple[np.ndarray, list[RowResult]]:
+    """Stored rows of a slice and what became of each of its clips: the three steps above."""
+    batch = make_batch(recipe, clips, outcomes)
+    return to_rows(recipe, batch, encode_batch(encoder, recipe, batch))
 
 
 def _first(posterior: Posterior, count: int) -> Posterior:
@@ -194,12 +230,12 @@ def _noise(clip: Clip, seed: int, shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _judge(outcome: DecodeOutcome, value: np.ndarray, stored: np.ndarray, recipe: Recipe) -> RowResult:
-    if isinstance(outcome, SampleError):
-        return outcome
+def _judge(result: RowResult, value: np.ndarray, stored: np.ndarray, recipe: Recipe) -> RowResult:
+    if isinstance(result, SampleError):
+        return result
     check = _ValueCheck(recipe.encode.dtype)
     check.add(value, stored)
-    return check.error or RowFacts(outcome.decoder, tuple(float(pts) for pts in outcome.pts_seconds))
+    return check.error or result
 
 
 class _ValueCheck:

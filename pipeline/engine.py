@@ -95,7 +95,7 @@ class Engine(Protocol):
 
 
 class _Run:
-    """The state of one loop: which workers are starting, ready and hungry, and since when units are out."""
+    """The state of one loop: which workers are starting, ready, empty or hungry, and since when units are out."""
 
     def __init__(
         self,
@@ -109,7 +109,8 @@ class _Run:
         self.num_workers, self.unit_timeout_seconds = num_workers, unit_timeout_seconds
         self.starting: set[str] = set()
         self.ready: set[str] = set()
-        self.hungry: set[str] = set()  # those ready that may hold another unit
+        self.empty: set[str] = set()  # those ready that hold no unit
+        self.hungry: set[str] = set()  # those ready that hold units, and may hold another
         self.busy_since: dict[str, float] = {}  # a ready worker's last event, or its first lease after it was empty
         self.looked_at = clock()  # when all workers were last looked at for one that hangs
 
@@ -118,21 +119,31 @@ class _Run:
             self.starting.add(self.engine.start_worker())
 
     def feed(self) -> None:
-        """Lease units by turns: of the last few, no worker gets all."""
-        turn = sorted(self.hungry) if self.controller.has_units() else []
-        while turn:
-            turn = [worker for worker in turn if self._feed_one(worker)]
+        """Lease units: first to workers that hold none, then ahead, by turns: of the last few, no worker gets all.
 
-    def _feed_one(self, worker: str) -> bool:
+        Each worker that is still starting will hold none: as many units, the longest, are kept from leasing ahead.
+        """
+        if self.empty and self.controller.has_units():
+            for worker in sorted(self.empty):
+                self._feed_one(worker)
+        reserved = len(self.starting)
+        turn = sorted(self.hungry) if self.hungry and self.controller.has_units(reserved) else []
+        while turn:
+            turn = [worker for worker in turn if self._feed_one(worker, reserved)]
+
+    def _feed_one(self, worker: str, reserved: int = 0) -> bool:
         """Whether the worker took a unit."""
-        if not self.controller.leases_of(worker):
+        unit = self.controller.lease(worker, reserved)
+        if unit is None:
+            if not self.controller.has_room(worker):
+                self.hungry.discard(worker)
+            return False
+        if worker in self.empty:
             self.busy_since[worker] = self.clock()
-        unit = self.controller.lease(worker)
-        if unit is not None:
-            self.engine.submit(worker, unit)
-        elif not self.controller.has_room(worker):
-            self.hungry.discard(worker)
-        return unit is not None
+            self.empty.discard(worker)
+            self.hungry.add(worker)
+        self.engine.submit(worker, unit)
+        return True
 
     def handle(self, event: Event) -> None:
         worker = event.worker
@@ -140,19 +151,26 @@ class _Run:
         if isinstance(event, WorkerReady):
             self.starting.discard(worker)
             self.ready.add(worker)
-            self.hungry.add(worker)
+            self.empty.add(worker)
         elif isinstance(event, UnitDone):
-            self.hungry.add(worker)
             self.controller.done(worker, event.report)
+            self._has_room(worker)
         elif isinstance(event, UnitFailed):
-            self.hungry.add(worker)
             self.controller.failed(worker, event.unit, event.error)
+            self._has_room(worker)
         else:
-            self.starting.discard(worker)
-            self.ready.discard(worker)
-            self.hungry.discard(worker)
+            for workers in (self.starting, self.ready, self.empty, self.hungry):
+                workers.discard(worker)
             del self.busy_since[worker]
             self.controller.lost(worker, event.cause, event.infrastructure)
+
+    def _has_room(self, worker: str) -> None:
+        """A worker gave a unit back."""
+        if self.controller.leases_of(worker):
+            self.hungry.add(worker)
+        else:
+            self.hungry.discard(worker)
+            self.empty.add(worker)
 
     def kill_hung(self) -> None:
         """Look at all workers, once a second at most."""

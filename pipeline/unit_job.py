@@ -2,7 +2,7 @@
 
 In:   a unit; what the worker's threads make of its clips.
 Out:  Future[UnitReport].
-Cost: the unit's rows, and the frames that are decoded and not yet encoded.
+Cost: the unit's rows, and the frames that are decoded and not yet in a batch.
 Errors: none; `settle` puts them into the future.
 """
 
@@ -34,10 +34,11 @@ class UnitReport:
 
     failed: clips by reason. failures: (key, reason, detail) of the first of them. won: False when another worker had
     committed the unit already. Wall seconds of the encode thread: `encode_seconds` in the encoder, `copy_seconds`
-    putting batches together and rows away, `starved_seconds` waiting for frames, `blocked_seconds` for the write thread
-    to take the unit before; of that thread: `write_seconds` (checksums, Zarr, both puts). Of the decode processes, for
-    the clips that came out: `decode_seconds` at work, `read_seconds` waiting for bytes or for a core. `start_seconds`:
-    a worker's wait for its very first frames.
+    putting rows of long clips away, `starved_seconds` waiting for frames, `blocked_seconds` for the threads behind it
+    to take what came before. Of the threads beside it: `batch_seconds` putting batches together, `rows_seconds` making
+    stored rows, `write_seconds` (checksums, Zarr, both puts). Of the decode processes, for the clips that came out:
+    `decode_seconds` at work, `read_seconds` waiting for bytes or for a core. `start_seconds`: a worker's wait for its
+    very first frames.
     """
 
     unit: Unit
@@ -53,6 +54,8 @@ class UnitReport:
     write_seconds: float
     won: bool
     copy_seconds: float = 0.0
+    batch_seconds: float = 0.0
+    rows_seconds: float = 0.0
     start_seconds: float = 0.0
     decode_seconds: float = 0.0
     read_seconds: float = 0.0
@@ -62,8 +65,8 @@ class UnitReport:
 class UnitJob:
     """A unit on its way through the threads, in the hands of one at a time but for its future.
 
-    The feed thread sets clips and rows; `outcomes` are decoded and not yet encoded, `streams` the long clips under way.
-    `results` go by the clip's place in `clips`.
+    The feed thread sets clips and rows; `outcomes` are decoded and not yet in a batch, `batched_clips` are; `streams`
+    are the long clips under way. `results` go by the clip's place in `clips`.
     """
 
     unit: Unit
@@ -73,8 +76,11 @@ class UnitJob:
     outcomes: list[DecodeOutcome] = dataclasses.field(default_factory=list)
     streams: dict[int, StreamedClip] = dataclasses.field(default_factory=dict)
     results: dict[int, RowResult] = dataclasses.field(default_factory=dict)
+    batched_clips: int = 0
     encode_seconds: float = 0.0
     copy_seconds: float = 0.0
+    batch_seconds: float = 0.0
+    rows_seconds: float = 0.0
     start_seconds: float = 0.0
     starved_seconds: float = 0.0
     blocked_seconds: float = 0.0
@@ -115,6 +121,8 @@ class UnitJob:
             write_seconds=write_seconds,
             won=committed.won,
             copy_seconds=self.copy_seconds,
+            batch_seconds=self.batch_seconds,
+            rows_seconds=self.rows_seconds,
             start_seconds=self.start_seconds,
             decode_seconds=self.decode_seconds,
             read_seconds=self.read_seconds,

@@ -38,7 +38,7 @@ def test_advice_follows_the_seconds(seconds: dict[str, int], line: str) -> None:
 def test_shares_are_of_the_encoders_span() -> None:
     progress = Progress(
         encode_seconds=60.0, starved_seconds=20.0, blocked_seconds=15.0, copy_seconds=5.0, write_seconds=33.0,
-        decode_seconds=44.0, read_seconds=11.0, start_seconds=9.0,
+        decode_seconds=44.0, read_seconds=11.0, start_seconds=9.0, batch_seconds=7.0, rows_seconds=8.0,
     )  # fmt: skip
     shares, stages = time_lines(progress)
     assert shares == (
@@ -47,7 +47,8 @@ def test_shares_are_of_the_encoders_span() -> None:
     )
     assert stages == (
         "stages: wait for bytes or a core 11.0 s, decode 44.0 s, wait for the first frames 9.0 s, "
-        "wait for input 20.0 s, copy 5.0 s, encode 60.0 s, wait for output 15.0 s, write and commit 33.0 s"
+        "wait for input 20.0 s, batch 7.0 s, encode 60.0 s, rows 13.0 s, wait for output 15.0 s, "
+        "write and commit 33.0 s"
     )
 
 
@@ -78,7 +79,7 @@ def test_a_job_tells_where_its_time_went(tmp_path: Path, capsys: pytest.CaptureF
     assert list(log["start_seconds"]) == ["imports", "index", "plan", "encoder", "worker", "first unit"]
     progress = log["progress"]
     assert progress["encode_seconds"] >= 4 * 9 * 32 * 32 / 2e6  # a slice of four clips at two megapixels per second
-    assert min(progress[f"{stage}_seconds"] for stage in ("decode", "start", "copy", "write")) > 0
+    assert min(progress[f"{stage}_seconds"] for stage in ("decode", "start", "batch", "rows", "write")) > 0
     assert log["first_unit_seconds"] <= log["seconds"]
 
 

@@ -5,15 +5,27 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from jobs.__main__ import main
+from jobs.flags import EngineFlags
+from pipeline.buckets import Bucket
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, MediaSource, Window
+from pipeline.engine import Event, UnitDone, WorkerLost, WorkerReady
 from pipeline.errors import DecodeError, ShardError
+from pipeline.heap import HEAP_ENVIRONMENT
+from pipeline.plan import Unit
+from pipeline.unit_job import UnitReport
 from tests.clips import numbered_video, read_number, stored
 from tests.fakes import write_numbered_shards
+from tests.pipeline.test_controller import BUCKET, report
+
+if TYPE_CHECKING:
+    from jobs.ray_engine import RayEngine
 
 pytestmark = pytest.mark.ray
 
@@ -34,6 +46,8 @@ def test_a_decode_task_gives_frames_and_errors_as_a_process_does(ray_cluster: No
     assert [read_number(frame) for frame in (*late.frames, *early.frames)] == [11, 12, 3]
     assert isinstance(beyond, DecodeError)
     assert (beyond.reason, beyond.detail) == ("past_end", "clip: positions 19 to 22 reach past the video's end")
+    together = decoders.submit(request(video, Window(2, 1)), request(video, Window(5, 1), Window(4, 1))).result()
+    assert [read_number(clip.frames[0]) for clip in together if isinstance(clip, DecodedClip)] == [2, 5, 4]
 
 
 def test_errors_of_the_input_cross_the_cluster_as_themselves(ray_cluster: None, tmp_path: Path) -> None:
@@ -107,6 +121,74 @@ def test_a_stream_whose_worker_dies_goes_on_from_the_piece_that_is_wanted(
     else:
         with pytest.raises(DecodeError, match="crash: the decoder's process died 2 times"):
             next(pieces)
+
+
+class Sleeper:
+    """An encode actor whose units take as many seconds as their number says."""
+
+    def __init__(self, spec: object) -> None:
+        pass
+
+    def setup(self) -> dict[str, object]:
+        return {"pid": os.getpid(), "node": "here", "heap": {name: os.environ.get(name) for name in HEAP_ENVIRONMENT}}
+
+    def encode(self, unit: Unit) -> UnitReport:
+        time.sleep(unit.number)
+        return report(unit)
+
+
+def collect(engine: RayEngine, count: int) -> list[Event]:
+    events: list[Event] = []
+    deadline = time.monotonic() + 60
+    while len(events) < count and time.monotonic() < deadline:
+        events += engine.wait(1.0)
+    return events
+
+
+def test_the_engine_tells_of_all_that_is_done_and_once_of_a_worker_that_died(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import ray_engine
+
+    monkeypatch.setattr(ray_engine, "EncodeActor", Sleeper)
+    spec: Any = SimpleNamespace(device="cpu", share=SimpleNamespace(cpus=0))
+    engine = ray_engine.RayEngine(spec, EngineFlags(units_in_flight=3))
+    first, second = engine.start_worker(), engine.start_worker()
+    assert set(collect(engine, 2)) == {WorkerReady(first), WorkerReady(second)}
+    assert engine.wait(0.01) == []
+    assert engine.places[first]["heap"] == HEAP_ENVIRONMENT  # the encoder's, on a CPU
+    quick, slow = Unit(BUCKET, 0), [Unit(BUCKET, 600 + number) for number in range(3)]
+    for unit in slow:
+        engine.submit(first, unit)
+    engine.submit(second, quick)
+    assert collect(engine, 1) == [UnitDone(second, report(quick))]
+    began = time.monotonic()
+    assert engine.wait(0.2) == []
+    assert time.monotonic() - began < 5
+    engine.kill_worker(first)
+    (lost,) = collect(engine, 1)
+    assert isinstance(lost, WorkerLost)
+    assert lost.worker == first
+    assert engine.wait(0.2) == []  # the worker's other units are no news
+    engine.submit(second, quick)
+    assert collect(engine, 1) == [UnitDone(second, report(quick))]
+    several = [Unit(Bucket(1, 32 + number, 32), 0) for number in range(3)]
+    for unit in several:
+        engine.submit(second, unit)
+    deadline = time.monotonic() + 60
+    while engine._completed.qsize() < len(several) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {event.report.unit for event in engine.wait(5) if isinstance(event, UnitDone)} == set(several)
+    engine.close()
+
+
+def test_decode_processes_do_not_inherit_the_encode_workers_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs.ray_engine import EncodeActor
+
+    for name, value in HEAP_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    EncodeActor(SimpleNamespace())  # type: ignore[arg-type]
+    assert not HEAP_ENVIRONMENT.keys() & os.environ.keys()
 
 
 def test_long_clips_make_the_same_store_as_without_ray(ray_cluster: None, tmp_path: Path) -> None:

@@ -51,8 +51,9 @@ def test_random_events_lose_no_unit_and_lease_none_twice(
     done: set[Unit] = set()
     deaths: Counter[Unit] = Counter()
 
-    def lease(worker: str) -> Unit | None:
-        unit = controller.lease(worker)
+    def lease(worker: str, reserved: int = 0) -> Unit | None:
+        unit = controller.lease(worker, reserved)
+        assert unit is not None or held[worker] or not controller.has_units(), "an empty worker starves"
         if unit is not None:
             assert unit not in done | controller.given_up.keys()
             assert all(unit not in others for others in held.values())
@@ -67,7 +68,7 @@ def test_random_events_lose_no_unit_and_lease_none_twice(
         worker = f"w{number}"
         unit = held[worker][choice % len(held[worker])] if held[worker] else None
         if event == "lease":
-            lease(worker)
+            lease(worker, reserved=choice)
         elif event == "done" and unit:
             controller.done(worker, report(unit))
             held[worker].remove(unit)
@@ -116,6 +117,46 @@ def test_a_unit_runs_alone_from_its_second_death_and_is_given_up_after_two_more(
     for unit in (third, fourth):
         controller.done("b", report(unit))
     assert controller.finished()
+
+
+def test_a_worker_leases_ahead_only_beyond_the_units_that_are_reserved() -> None:
+    first, second, third, fourth, fifth = units(5)
+    controller = Controller([first, second, third, fourth, fifth], Policy(units_in_flight=3))
+    assert controller.lease("a", reserved=2) == first
+    assert controller.lease("a", reserved=2) == fourth
+    assert controller.lease("a", reserved=3) is None
+    assert controller.lease("b", reserved=3) == second
+    assert controller.lease("b", reserved=1) == fifth
+    assert controller.lease("b", reserved=1) is None
+    assert controller.lease("c", reserved=1) == third
+
+
+def test_nothing_is_reserved_while_there_is_enough_for_all_who_may_come() -> None:
+    first, second, third, *rest = units(8)
+    controller = Controller([first, second, third, *rest], Policy(units_in_flight=3))
+    assert [controller.lease("a", reserved=2) for _ in range(3)] == [first, second, rest[1]]
+
+
+def test_units_that_come_back_are_leased_first_and_in_their_order() -> None:
+    first, second, third, fourth = units(4)
+    controller = Controller([first, second, third, fourth], Policy())
+    assert [controller.lease("a", reserved=1) for _ in range(3)] == [first, third, fourth]
+    controller.lost("a", "preempted", infrastructure=True)
+    assert [controller.lease("b") for _ in range(3)] == [first, third, fourth]
+    controller.failed("b", third, UnitError("passing"))
+    assert controller.lease("c") == third
+
+
+def test_no_more_units_are_drawn_than_are_leased_or_reserved() -> None:
+    drawn: list[Unit] = []
+    controller = Controller((drawn.append(unit) or unit for unit in units(100)), Policy(units_in_flight=5))  # type: ignore[func-returns-value]
+    for _ in range(5):
+        controller.lease("a", reserved=7)
+    assert len(drawn) == 5 + 7 * 5
+    assert controller.has_units(more_than=39)
+    assert len(drawn) == 5 + 40
+    assert not controller.has_units(more_than=95)
+    assert controller.has_units(more_than=94)
 
 
 def test_losses_of_the_cluster_cost_nothing() -> None:

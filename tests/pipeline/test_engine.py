@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.controller import Controller, Policy
 from pipeline.engine import Event, Interrupted, UnitDone, UnitFailed, WorkerLost, WorkerReady, run
@@ -251,6 +253,96 @@ def test_the_last_units_are_shared_among_the_workers() -> None:
     assert leased == [2, 2, 1, 1]
 
 
+class TimedEngine(FakeEngine):
+    """Workers that take a unit's seconds for each, one after another; the clock jumps from event to event.
+
+    The workers named in `lost` are preempted at that time.
+    """
+
+    def __init__(
+        self, start_seconds: Sequence[float], unit_seconds: Sequence[float], lost: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.start_seconds, self.unit_seconds = start_seconds, unit_seconds
+        self.lost = dict(lost or {})
+        self.done: list[tuple[str, int]] = []
+        self.free: dict[str, float] = {}
+        self.coming: list[tuple[float, int, Event]] = []
+        self.on_wait: Callable[[], None] = lambda: None
+
+    def _come(self, when: float, event: Event) -> None:
+        self.coming.append((when, len(self.started) + self.waits, event))
+
+    def start_worker(self) -> str:
+        name = f"w{len(self.started)}"
+        self._come(self.now + self.start_seconds[len(self.started) % len(self.start_seconds)], WorkerReady(name))
+        self.started.append(name)
+        if name in self.lost:
+            self._come(self.lost[name], WorkerLost(name, "preempted", infrastructure=True))
+        return name
+
+    def submit(self, worker: str, unit: Unit) -> None:
+        self.free[worker] = max(self.now, self.free.get(worker, 0.0)) + self.unit_seconds[unit.number]
+        self._come(self.free[worker], UnitDone(worker, report(unit)))
+
+    def wait(self, timeout_seconds: float) -> Sequence[Event]:
+        self.on_wait()
+        self.waits += 1
+        event = min(self.coming, key=lambda coming: coming[:2])
+        self.coming.remove(event)
+        self.now = max(self.now, event[0])
+        if isinstance(event[2], WorkerLost):
+            self.coming = [other for other in self.coming if other[2].worker != event[2].worker]
+        elif isinstance(event[2], UnitDone):
+            self.done.append((event[2].worker, event[2].report.unit.number))
+        return [event[2]]
+
+
+NEVER = 1e6
+
+
+def test_units_are_left_for_a_worker_that_is_not_ready_yet() -> None:
+    engine = TimedEngine(start_seconds=[1, 2], unit_seconds=[8, 8, 1])
+    drive(engine, Controller(units(3), Policy()), 2)
+    assert sorted(engine.done) == [("w0", 0), ("w0", 2), ("w1", 1)]
+    assert engine.now == 10  # 18 when w0 leases two ahead
+
+
+def test_what_was_left_for_a_worker_that_never_starts_is_taken_when_another_is_empty() -> None:
+    engine = TimedEngine(start_seconds=[1, NEVER, NEVER], unit_seconds=[8, 8, 4, 2, 1])
+    drive(engine, Controller(units(5), Policy()), 3)
+    assert engine.done == [("w0", 0), ("w0", 3), ("w0", 4), ("w0", 1), ("w0", 2)]
+    assert engine.now == 24  # never idle
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_worker_idles_while_units_wait_and_each_is_done_once(data: st.DataObject) -> None:
+    times = st.floats(0.1, 20)
+    count, num_workers = data.draw(st.integers(0, 25)), data.draw(st.integers(1, 6))
+    unit_seconds = sorted(data.draw(st.lists(times, min_size=count, max_size=count)), reverse=True)
+    start_seconds = [*data.draw(st.lists(times | st.just(NEVER), max_size=num_workers - 1)), 1.0]
+    lost = data.draw(st.dictionaries(st.sampled_from(["w0", "w1", "w2"]), times, max_size=3))
+    controller = Controller(units(count), Policy(units_in_flight=data.draw(st.integers(1, 4))))
+    engine = TimedEngine(start_seconds, unit_seconds, lost)
+    ready: set[str] = set()
+
+    def no_worker_idles() -> None:
+        if any(not controller.leases_of(worker) for worker in ready):
+            assert not controller.has_units()
+
+    def on_tick(events: Sequence[Event]) -> None:
+        ready.update(event.worker for event in events if isinstance(event, WorkerReady))
+        ready.difference_update(event.worker for event in events if isinstance(event, WorkerLost))
+
+    engine.on_wait = no_worker_idles
+    run(
+        controller, engine, num_workers=num_workers, unit_timeout_seconds=1e9, stop=threading.Event(), on_tick=on_tick,
+        clock=engine.clock,
+    )  # fmt: skip
+    assert sorted(number for _, number in engine.done) == list(range(count))
+
+
 def test_a_worker_that_was_refused_takes_what_another_gives_back() -> None:
     """There is nothing for w2 before w0 is lost; it need not wait for w3, which is started instead."""
 
@@ -273,9 +365,9 @@ class Counting(Controller):
 
     asked = 0
 
-    def lease(self, worker: str) -> Unit | None:
+    def lease(self, worker: str, reserved: int = 0) -> Unit | None:
         self.asked += 1
-        return super().lease(worker)
+        return super().lease(worker, reserved)
 
     def has_room(self, worker: str) -> bool:
         self.asked += 1

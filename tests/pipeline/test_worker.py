@@ -295,7 +295,7 @@ def test_an_unexpected_exception_in_a_stream_is_fatal(make: Callable[..., Setup]
     assert not_done(futures[2])
     assert [type(error) for error in setup.fatal] == [ZeroDivisionError]
     setup.worker.close()
-    assert not any(thread.is_alive() for thread in setup.worker._threads)
+    assert not any(thread.is_alive() for thread in setup.worker._stages._threads)
 
 
 @pytest.mark.parametrize("after_seconds", [0.0, 0.02])
@@ -313,8 +313,8 @@ def test_close_without_finish_ends_streams(make: Callable[..., Setup], after_sec
     setup.worker.close(finish=False)
     assert time.monotonic() - started < 2
     assert all(future.cancelled() for future in futures)
-    assert not any(thread.is_alive() for thread in setup.worker._threads)
-    assert setup.worker._streams.active == 0
+    assert not any(thread.is_alive() for thread in setup.worker._stages._threads)
+    assert setup.worker._feed.active == 0
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_an_unexpected_exception_in_each_thread_is_fatal(
     started = time.monotonic()
     setup.worker.close()
     assert time.monotonic() - started < 2
-    assert not any(thread.is_alive() for thread in setup.worker._threads)
+    assert not any(thread.is_alive() for thread in setup.worker._stages._threads)
 
 
 def not_done(future: Future[object]) -> bool:
@@ -489,7 +489,7 @@ def test_close_without_finish_cancels_and_commits_whole_units_only(
     assert all(future.done() for future in futures)
     assert futures[-1].cancelled()
     assert setup.worker.submit(setup.units[0]).cancelled()
-    assert not any(thread.is_alive() for thread in setup.worker._threads)
+    assert not any(thread.is_alive() for thread in setup.worker._stages._threads)
     for unit, future in zip(setup.units, futures, strict=True):
         if not future.cancelled():
             assert setup.storage.exists(unit_name(unit))
@@ -517,7 +517,7 @@ def test_close_without_finish_does_not_wait_for_a_hanging_decode(
     setup.worker.close(finish=False)
     assert all(future.cancelled() for future in futures)
     ends.set()
-    for thread in setup.worker._threads:
+    for thread in setup.worker._stages._threads:
         thread.join(10)
         assert not thread.is_alive()
     assert setup.fatal == []
@@ -546,7 +546,8 @@ def test_seconds_say_what_the_encoder_waited_for(make: Callable[..., Setup], mon
     assert report.start_seconds > 0.04  # for the first frames
     assert report.starved_seconds > 0.08  # for those of two more requests
     assert report.encode_seconds < 0.1
-    assert 0 < report.copy_seconds < 0.1
+    assert 0 < report.batch_seconds < 0.1
+    assert 0 < report.rows_seconds < 0.1
 
 
 # pure
