@@ -144,12 +144,7 @@ def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -
     if device == "auto":
         device = "cuda" if cluster_resource("GPU") else "cpu"
     share = node_share(cluster_nodes(), flags, on_gpu=device == "cuda")
-    told = "in tasks on any node"
-    if share.decode_processes is not None:
-        told = f"beside each encode worker, processes: {share.decode_processes}"
-    elif flags.decode_placement == "worker":
-        told += ": no node can hold an encode worker now (`ray status`)"
-    print(f"encode: decoding {told}", file=sys.stderr)
+    print(f"encode: {share.told(flags)}", file=sys.stderr)
     return RayEngine(
         WorkerSpec(
             store_url=storage.url,

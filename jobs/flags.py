@@ -8,6 +8,7 @@ Errors: UsageError from a record that cannot be.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
 from pathlib import Path
@@ -120,16 +121,54 @@ class LimitFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineFlags(TrialFlags, ClusterFlags):
+class PlacementFlags(ClusterFlags, abc.ABC):
+    """Workers on Ray, and where they decode."""
+
+    workers: int = 1
+    """Workers of the job (one GPU each with --device cuda)."""
+    window_mb: int = 512
+    """Decoded frames that a worker may hold or wait for."""
+    decode_placement: Literal["worker", "cluster"] = "worker"
+    """With Ray: decode in processes beside each worker, which share its node's CPUs (nothing crosses the network), or
+    in tasks on any node (for GPU nodes that have too few CPUs)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "workers", "window_mb")
+        if self.local and self.workers != 1:
+            raise UsageError("--local runs one worker in this process: leave out --workers")
+        if self.local and self.decode_placement != "worker":
+            raise UsageError("--local decodes on this machine: leave out --decode-placement")
+        if self.ray_address and self.decode_placement == "cluster" and self.decode_workers:
+            raise UsageError("with --decode-placement cluster the cluster's CPUs decode: leave out --decode-workers")
+
+    @abc.abstractmethod
+    def worker_cpus(self, *, on_gpu: bool) -> int:
+        """CPUs of a worker itself, without those that decode beside it."""
+
+    @property
+    @abc.abstractmethod
+    def least_workers(self) -> int:
+        """With fewer the job cannot run."""
+
+    @property
+    def cluster_cpus(self) -> int:
+        return self.decode_processes + self.workers * self.worker_cpus(on_gpu=False)
+
+    @property
+    def object_store_mb(self) -> int:
+        if self.decode_placement == "worker":
+            return super().object_store_mb
+        # Ray keeps the frames of every window, and a little beside them.
+        return max(128, self.workers * self.window_mb * 3 // 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineFlags(TrialFlags, PlacementFlags):
     """How the job runs; none of it changes a latent, but --encode-threads may change its last bits on a CPU."""
 
-    window_mb: int = 512
-    """Decoded frames that an encode worker may hold or wait for."""
     units_in_flight: int = 3
     """Units leased to a worker at a time."""
-    decode_placement: Literal["worker", "cluster"] = "worker"
-    """With Ray: decode in processes beside each encode worker, which share its node's CPUs (nothing crosses the
-    network), or in tasks on any node (for GPU nodes that have too few CPUs)."""
     unit_timeout_seconds: float = 3600.0
     """A worker that holds n units and reports nothing for n times as long is killed and replaced (it may encode long
     clips of several units by turns)."""
@@ -138,24 +177,14 @@ class EngineFlags(TrialFlags, ClusterFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "window_mb", "units_in_flight", "unit_timeout_seconds", "progress_seconds")
-        if self.local and self.workers != 1:
-            raise UsageError("--local runs one worker in this process: leave out --workers")
-        if self.local and self.decode_placement != "worker":
-            raise UsageError("--local decodes on this machine: leave out --decode-placement")
-        if self.ray_address and self.decode_placement == "cluster" and self.decode_workers:
-            raise UsageError("with --decode-placement cluster the cluster's CPUs decode: leave out --decode-workers")
+        require_positive(self, "units_in_flight", "unit_timeout_seconds", "progress_seconds")
+
+    def worker_cpus(self, *, on_gpu: bool) -> int:
+        return 1 if on_gpu else self.encode_threads
 
     @property
-    def cluster_cpus(self) -> int:
-        return self.decode_processes + self.workers * self.encode_threads
-
-    @property
-    def object_store_mb(self) -> int:
-        if self.decode_placement == "worker":
-            return super().object_store_mb
-        # Ray keeps the frames of every window, and a little beside them.
-        return max(128, self.workers * self.window_mb * 3 // 2)
+    def least_workers(self) -> int:
+        return 1
 
 
 def require_positive(flags: object, *names: str) -> None:

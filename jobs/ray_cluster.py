@@ -1,7 +1,7 @@
-"""A Ray cluster: joining or starting one, and what an encode worker may have of its nodes.
+"""A Ray cluster: joining or starting one, and what an encode worker or a rank may have of its nodes.
 
 In:   the flags of a job; the nodes' CPUs and GPUs.
-Out:  this process as a driver; the CPUs and the decode processes of an encode worker.
+Out:  this process as a driver; the CPUs and the decode processes of a worker.
 Cost: starting a cluster on this machine takes 8 to 17 s.
 Errors: JobError for a cluster that cannot be reached.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from jobs.flags import ClusterFlags, EngineFlags
+from jobs.flags import ClusterFlags, PlacementFlags
 from pipeline.errors import JobError
 
 _MEGABYTE = 1 << 20
@@ -56,22 +56,29 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class NodeShare:
-    """What an encode worker has of its node: CPUs that it reserves, decode processes beside it (None: Ray tasks)."""
+    """What a worker has of its node: CPUs that it reserves, decode processes beside it (None: Ray tasks decode)."""
 
     cpus: int
     decode_processes: int | None
 
+    def told(self, flags: PlacementFlags) -> str:
+        """Where this job decodes, for its user."""
+        if self.decode_processes is not None:
+            return f"decoding beside each worker, processes: {self.decode_processes}"
+        why = ": too few nodes can hold a worker now (`ray status`)" if flags.decode_placement == "worker" else ""
+        return f"decoding in tasks on any node{why}"
 
-def node_share(nodes: Sequence[Node], flags: EngineFlags, *, on_gpu: bool) -> NodeShare:
+
+def node_share(nodes: Sequence[Node], flags: PlacementFlags, *, on_gpu: bool) -> NodeShare:
     """The largest share with which all workers find room, within --decode-workers per node. Pure.
 
-    Where none finds any, a node may still come (autoscaling), of a size that nobody knows: then tasks decode.
+    Where too few find any, nodes may still come (autoscaling), of a size that nobody knows: then tasks decode.
     """
-    encode_cpus = 1 if on_gpu else flags.encode_threads
+    worker_cpus = flags.worker_cpus(on_gpu=on_gpu)
 
     def room(node: Node, beside: int) -> int:
         """How many workers with so many decode processes."""
-        workers = int(node.cpus) // (encode_cpus + beside)
+        workers = int(node.cpus) // (worker_cpus + beside)
         if on_gpu:
             workers = min(workers, int(node.gpus))
         if beside and flags.decode_workers:
@@ -79,11 +86,11 @@ def node_share(nodes: Sequence[Node], flags: EngineFlags, *, on_gpu: bool) -> No
         return workers
 
     workers = min(flags.workers, sum(room(node, 0) for node in nodes))
-    if flags.decode_placement == "cluster" or not workers:
-        return NodeShare(encode_cpus, None)
+    if flags.decode_placement == "cluster" or workers < flags.least_workers:
+        return NodeShare(worker_cpus, None)
     most = int(max(node.cpus for node in nodes))
     beside = next(number for number in range(most, -1, -1) if sum(room(node, number) for node in nodes) >= workers)
-    return NodeShare(encode_cpus + beside, max(1, beside))
+    return NodeShare(worker_cpus + beside, max(1, beside))
 
 
 def cluster_nodes() -> list[Node]:

@@ -24,7 +24,7 @@ from typing import Any
 from jobs.bench.config import OURS
 from jobs.bench.processes import Watched, watch
 from pipeline.account import take_account
-from pipeline.decode.child_process import MALLOC_ENVIRONMENT
+from pipeline.heap import HEAP_ENVIRONMENT
 from pipeline.index import list_fragments, read_fragment
 from pipeline.placement import PlacedShard
 from pipeline.plan import load_plan
@@ -129,7 +129,7 @@ def _bare(job: Job, what: str, store: Path, encoder: str, threads: int, output: 
     spec = {"what": what, "store": str(store), "encoder": encoder, "encode_threads": threads, "output": str(output)}
     path.write_text(json.dumps(spec))
     try:
-        environment = [f"{name}={value}" for name, value in MALLOC_ENVIRONMENT.items()]  # our decode, as jobs run it
+        environment = [f"{name}={value}" for name, value in HEAP_ENVIRONMENT.items()]  # at their best
         argv = ["env", *environment, sys.executable, "-m", "jobs.bench.encode_bare", str(path)]
         watched = _require(watch(argv, job.limit_seconds))
     finally:

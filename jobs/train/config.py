@@ -16,8 +16,8 @@ from typing import Literal
 import tyro
 
 from jobs.flags import (
-    ClusterFlags,
     ConfigFile,
+    PlacementFlags,
     Shards,
     StoreFlags,
     require_positive,
@@ -91,7 +91,7 @@ class LogFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class RankFlags(ClusterFlags):
+class RankFlags(PlacementFlags):
     """How the job runs; none of it changes the order of clips."""
 
     workers: int = 1
@@ -100,27 +100,21 @@ class RankFlags(ClusterFlags):
     """CPU threads of a rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks train; auto takes CUDA when there is one."""
-    window_mb: int = 512
-    """Decoded frames that a rank may hold or wait for."""
     max_restarts: int = 10
     """How often ranks that died are started again, from the last checkpoint, before the job ends with an error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "workers", "threads", "window_mb")
+        require_positive(self, "threads")
         if self.max_restarts < 0:
             raise UsageError(f"--max-restarts must not be negative, got {self.max_restarts}")
-        if self.local and self.workers != 1:
-            raise UsageError("--local runs one rank in this process: leave out --workers")
+
+    def worker_cpus(self, *, on_gpu: bool) -> int:
+        return self.threads
 
     @property
-    def cluster_cpus(self) -> int:
-        return self.decode_processes + self.workers * self.threads
-
-    @property
-    def object_store_mb(self) -> int:
-        # Ray keeps the frames of every window, and a little beside them.
-        return max(128, self.workers * self.window_mb * 3 // 2)
+    def least_workers(self) -> int:
+        return self.workers
 
 
 @dataclasses.dataclass(frozen=True)

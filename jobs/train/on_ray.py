@@ -1,23 +1,29 @@
 """Training on Ray: every rank a worker of Ray Train, one process group, restarted as a whole when one of them dies.
 
-In:   a TrainJob, and a cluster that jobs.ray_engine.connect has joined.
+In:   a TrainJob, and a cluster that jobs.ray_cluster.connect has joined.
 Out:  what jobs.train.loop leaves in RUN; for Ray, under RUN/ray, a pointer to each checkpoint.
-Cost: 15 to 20 s to start the ranks, 8 s to start them again; decoding runs as tasks anywhere in the cluster.
+Cost: 15 to 20 s to start the ranks, 8 s to start them again. A rank decodes in processes beside it, which end with it,
+      or in tasks on any node (--decode-placement).
 Errors: JobError when ranks died more often than --max-restarts allows, or one of them met what no retry could change.
 
 Ray places, watches and restarts the ranks. Where to go on is not Ray's to say: a report that has returned may still be
 lost with its rank, so the loop goes on from the last checkpoint in RUN, which holds the loader's position, too. Ray
 would also start ranks again after an error that will come again; they find it written down in RUN, and end.
+
+Ranks keep their shares of CPUs when they start again: where a lost node leaves no room for them, Ray waits for another
+node. The same command, given anew, shares out what is left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import sys
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +33,12 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.prepare import decode_limits
-from jobs.ray_cluster import cluster_resource
+from jobs.ray_cluster import cluster_nodes, cluster_resource, node_share
+from jobs.ray_decode import RayDecoders
 from jobs.train.loop import TrainJob
+from pipeline.decode.limits import DecodeLimits
+from pipeline.decode.pool import ProcessPool
+from pipeline.decode_requests import Decoders
 from pipeline.errors import JobError
 from pipeline.storage import Storage, open_storage
 
@@ -48,16 +58,20 @@ def train_on_ray(job: TrainJob) -> None:
         "logging_config": LoggingConfig(log_level="WARNING")
     }  # the types are of an older RunConfig
     _require_room(job)
+    share = node_share(cluster_nodes(), engine, on_gpu=on_gpu)
+    print(f"train: {share.told(engine)}", file=sys.stderr)
     storage = open_storage(job.run_url)
     storage.delete(_STOPPED)
     trainer = TorchTrainer(
         _train_rank,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "decode_processes": share.decode_processes},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=engine.workers,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": engine.threads, **({"GPU": 1} if on_gpu else {})},
+            resources_per_worker={"CPU": share.cpus, **({"GPU": 1} if on_gpu else {})},
+            # As node_share has counted; packed, a node's ranks could decode with more than its --decode-workers.
+            placement_strategy="PACK" if share.decode_processes is None else "SPREAD",
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex[:12],
@@ -99,7 +113,6 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     """What Ray runs on every rank, once the process group is there."""
     import torch
 
-    from jobs.ray_decode import RayDecoders
     from jobs.train.loop import train_rank
 
     job: TrainJob = config["job"]
@@ -114,10 +127,22 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     if storage.exists(_STOPPED):
         return
     try:
-        train_rank(job, RayDecoders(decode_limits(engine)), lambda step, losses: _report(job, step, losses))
+        with open_decoders(config["decode_processes"], decode_limits(engine)) as decoders:
+            train_rank(job, decoders, lambda step, losses: _report(job, step, losses))
     except (JobError, ValueError) as error:
         storage.put(_STOPPED, str(error).encode())
         raise
+
+
+@contextlib.contextmanager
+def open_decoders(num_processes: int | None, limits: DecodeLimits) -> Iterator[Decoders]:
+    """A rank's decode processes, for as long as it trains; None: Ray tasks."""
+    if num_processes is None:
+        yield RayDecoders(limits)
+        return
+    with ProcessPool(num_processes, limits) as pool:
+        pool.start()  # while the model is made
+        yield pool
 
 
 def _report(job: TrainJob, step: int, losses: Mapping[str, float]) -> None:

@@ -32,9 +32,9 @@ from tests.fakes import FAKE_CARD, fake_recipe
 
 DECODE = {"decode-workers", "decode-timeout-seconds", "decode-memory-mb"}
 CLUSTER = DECODE | {"local", "no-local", "ray-address"}
+PLACEMENT = CLUSTER | {"workers", "window-mb", "decode-placement"}
 TRIAL = DECODE | {"workers", "device", "encode-threads"}
-ENGINE = CLUSTER | TRIAL
-ENGINE |= {"window-mb", "units-in-flight", "decode-placement", "unit-timeout-seconds", "progress-seconds"}
+ENGINE = PLACEMENT | TRIAL | {"units-in-flight", "unit-timeout-seconds", "progress-seconds"}
 RECIPE = {
     "encoder", "decoder", "caption-field",
     "frames", "fps", "frame-step", "windows", "num-windows", "stride", "short", "seed",
@@ -69,8 +69,8 @@ FLAGS = {
         "precision", "micro-batches", "freeze-encoder", "no-freeze-encoder",
         "checkpoint-every", "keep-every", "held-out", "evaluate-every", "take",
         "log-every", "strip-every", "wandb", "no-wandb", "mlflow", "no-mlflow", "progress-seconds",
-        "workers", "threads", "device", "window-mb", "max-restarts",
-    } | CLUSTER,
+        "threads", "device", "max-restarts",
+    } | PLACEMENT,
     "evaluate": {
         "config", "encoder", "output", "baseline-shards", "decoder", "dtype", "compute-dtype", "device",
         "baseline-clips", "elbo-samples", "lpips-weights", "fvd-weights", "threads",
@@ -169,6 +169,9 @@ class TestTypos:
             "encode --store x --decode-workers -1",
             "encode --store x --local --decode-placement cluster",
             "encode --store x --ray-address auto --decode-placement cluster --decode-workers 2",
+            "train x.tar --output y --local --workers 2",
+            "train x.tar --output y --local --decode-placement cluster",
+            "train x.tar --output y --ray-address auto --decode-placement cluster --decode-workers 2",
             "encode --store x --frames 0",
             "encode --store x --windows slide",
             "encode --store x --batch-size 3 --unit-rows 4",

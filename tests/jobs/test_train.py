@@ -168,7 +168,7 @@ class TestRefused:
             (["--evaluate-every", "3"], "--evaluate-every needs --held-out"),
             (["--checkpoint-every", "3", "--keep-every", "4"], "--keep-every 4 is no multiple of --checkpoint-every 3"),
             (["--seconds", "0"], "--seconds must be positive"),
-            (["--workers", "2"], "--local runs one rank in this process: leave out --workers"),
+            (["--workers", "2"], "--local runs one worker in this process: leave out --workers"),
             (["--normaliser-batches", "-1"], "--normaliser-batches must not be negative"),
         ],
     )

@@ -39,13 +39,14 @@ FLAGS = [
 ]
 
 
-def kill_a_rank(run: Path, killed: list[int]) -> None:
-    """Once there is a checkpoint, kill -9 a rank that is not the first."""
+def kill_a_rank(run: Path, ranks: list[psutil.Process], decoding: list[psutil.Process]) -> None:
+    """Once there is a checkpoint, kill -9 a rank that is not the first; gives all ranks and their decode processes."""
     while not list(run.glob("checkpoints/*/checkpoint.json")):
         time.sleep(0.02)
-    ranks = [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in name_of(process)]
+    ranks += [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in name_of(process)]
+    children = [child for rank in ranks for child in rank.children()]
+    decoding += [child for child in children if "pipeline.decode.child" in name_of(child)]
     max(ranks, key=lambda process: process.pid).kill()
-    killed.extend(process.pid for process in ranks)
 
 
 def name_of(process: psutil.Process) -> str:
@@ -62,16 +63,23 @@ def draws(run: Path) -> dict[int, list[list[Any]]]:
     return steps
 
 
-def test_a_killed_rank_costs_nothing_but_time(ray_cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("placement", "decode_processes"), [("worker", 2), ("cluster", 0)])
+def test_a_killed_rank_costs_nothing_but_time(
+    ray_cluster: None, tmp_path: Path, placement: str, decode_processes: int
+) -> None:
     write_numbered_shards(tmp_path, 2, NUM_VIDEOS // 2)
     shards = str(tmp_path / "*.tar")
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_a_rank, args=(tmp_path / "two.run", killed), daemon=True)
+    ranks: list[psutil.Process] = []
+    decoding: list[psutil.Process] = []
+    killer = threading.Thread(target=kill_a_rank, args=(tmp_path / "two.run", ranks, decoding), daemon=True)
     killer.start()
     threads = torch.get_num_threads()
-    assert main(["train", shards, "--output", str(tmp_path / "two"), *FLAGS, "--workers", "2"]) == 0
+    more = ["--workers", "2", "--decode-placement", placement]
+    assert main(["train", shards, "--output", str(tmp_path / "two"), *FLAGS, *more]) == 0
     killer.join(timeout=0)
-    assert len(killed) == 2
+    assert len(ranks) == 2
+    assert len(decoding) == decode_processes  # --decode-workers of this machine, shared by its ranks
+    assert not [process for process in decoding if process.is_running()]
     assert len(list((tmp_path / "two.run/log").glob("events*"))) == 2, "the ranks did not start again"
     assert main(["train", shards, "--output", str(tmp_path / "one"), *FLAGS, "--local"]) == 0
     torch.set_num_threads(threads)
