@@ -17,9 +17,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jobs.cli import parse
-from jobs.commands import run
-from pipeline.errors import LatentmillError, UsageError
+from pipeline.heap import keep_freed_memory
+
+keep_freed_memory()  # of torch on CPUs; before numpy's threads have arenas of their own
+
+from jobs.cli import parse  # noqa: E402
+from jobs.commands import run  # noqa: E402
+from pipeline.errors import LatentmillError, UsageError  # noqa: E402
 
 _STDOUT, _STDERR = 1, 2
 

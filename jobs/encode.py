@@ -27,7 +27,6 @@ from pipeline.controller import Controller, Policy
 from pipeline.decode.pool import ProcessPool
 from pipeline.engine import Engine, Interrupted, run
 from pipeline.errors import LatentmillError, UsageError
-from pipeline.heap import keep_freed_memory
 from pipeline.index import list_fragments, read_fragment
 from pipeline.plan import Plan
 from pipeline.shards import ShardRef
@@ -48,7 +47,6 @@ def run_encode(command: Encode) -> int:
     recipe = make_recipe(command.recipe, card)
     pool = None
     if command.engine.local:
-        keep_freed_memory()  # the encoder's, where it computes on the CPU
         # Importing torch takes longer than all else of a small job: begin while decode processes probe the videos.
         threading.Thread(target=importlib.import_module, args=("pipeline.local",), name="import").start()
         pool = ProcessPool(command.engine.decode_processes, decode_limits(command.engine))

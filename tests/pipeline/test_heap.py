@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Twenty times what a layer does, in a thread as the encoder's is: 48 MB, used and freed.
 PROGRAM = """
 import resource, sys, threading
-from pipeline.heap import keep_freed_memory
-if "keep" in sys.argv: keep_freed_memory()
+if "keep" in sys.argv:
+    from pipeline.heap import keep_freed_memory
+    keep_freed_memory()
+if "command" in sys.argv: import jobs.__main__
 def use(): b"x" * int("48000000")  # no constant, which Python would make once
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -45,4 +47,5 @@ def test_memory_that_is_freed_is_used_again() -> None:
     pages = 48_000_000 // os.sysconf("SC_PAGESIZE")
     assert page_faults() > 15 * pages
     assert page_faults("keep") < 3 * pages
+    assert page_faults("command") < 3 * pages
     assert page_faults(**HEAP_ENVIRONMENT) < 3 * pages
