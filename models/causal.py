@@ -32,6 +32,8 @@ State = dict[str, Tensor]
 """Layer name -> the input frames that it needs next. Empty before a clip's first chunk; owned by the caller."""
 
 KERNEL_SIZE = 3
+_TORCH_KERNEL_VALUES = 20_480  # of channels x frames x height, as aten/src/ATen/native/Convolution.cpp counts
+_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 class TemporalConv3d(nn.Module):
@@ -47,6 +49,25 @@ class TemporalConv3d(nn.Module):
         self.conv = nn.Conv3d(channels_in, channels_out, kernel_size, padding=(0, KERNEL_SIZE // 2, KERNEL_SIZE // 2))
         self.state_key = ""
         self._start_isometric(own_tap)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution itself.
+
+        torch leaves small inputs of batch one to a kernel of its own on CPUs, which takes 4 to 18 times as long as
+        oneDNN, and whose last bits are not those that the clip gets in a larger batch.
+        """
+        conv = self.conv
+        if self._is_left_to_torch(x):
+            sizes = (conv.padding, conv.stride, conv.dilation, conv.groups)
+            output: Tensor = torch.ops.aten.mkldnn_convolution(x, conv.weight, conv.bias, *sizes)
+        else:
+            output = conv(x)
+        return output
+
+    def _is_left_to_torch(self, x: Tensor) -> bool:
+        is_small = x.shape[0] == 1 and x.shape[1:4].numel() <= _TORCH_KERNEL_VALUES
+        is_float32 = x.dtype == self.conv.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return is_small and is_float32 and x.device.type == "cpu" and _ONEDNN and not torch.compiler.is_compiling()
 
     def _start_isometric(self, own_tap: int) -> None:
         """Start as an orthogonal map of each position (delta-orthogonal, Xiao et al., arXiv:1806.05393).
@@ -78,8 +99,7 @@ class CausalConv3d(TemporalConv3d):
         if state is not None:
             # A clone, since a view would keep the whole chunk alive.
             state[self.state_key] = x[:, :, x.shape[2] - self.past_frames :].clone()
-        output: Tensor = self.conv(x)
-        return output
+        return self.convolve(x)
 
 
 class GroupedConv3d(TemporalConv3d):
@@ -101,7 +121,7 @@ class GroupedConv3d(TemporalConv3d):
         outputs = []
         if past is None:
             past, x = x[:, :, :1], x[:, :, 1:]
-            outputs.append(self.conv(past.expand(-1, -1, KERNEL_SIZE, -1, -1)))
+            outputs.append(self.convolve(past.expand(-1, -1, KERNEL_SIZE, -1, -1)))
         if x.shape[2]:
             outputs.append(self._convolve_groups(past, x))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -112,7 +132,7 @@ class GroupedConv3d(TemporalConv3d):
         last = groups[:, :, -1:]
         before = torch.cat([past.movedim(1, -1).unsqueeze(1), last[:, :-1]], dim=1)
         padded = torch.cat([before, groups, last], dim=2)
-        output: Tensor = self.conv(padded.flatten(0, 1).movedim(-1, 1))
+        output = self.convolve(padded.flatten(0, 1).movedim(-1, 1))
         return torch.unflatten(output.movedim(1, -1), 0, (x.shape[0], -1)).flatten(1, 2).movedim(-1, 1)
 
 
@@ -124,8 +144,7 @@ class FrameConv3d(TemporalConv3d):
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         """Convolve each frame alone."""
-        output: Tensor = self.conv(x)
-        return output
+        return self.convolve(x)
 
 
 ConvFactory = Callable[[int, int], TemporalConv3d]

@@ -84,6 +84,10 @@ class WanBackend:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         torch.nn.Module.to(self.vae, device, dtype)  # the override in diffusers logs a needless warning
+        if device.type == "cpu":  # a fifth to a quarter faster there
+            for module in self.vae.modules():
+                if isinstance(module, torch.nn.Conv3d):
+                    module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 class QwenImageBackend(WanBackend):
