@@ -35,11 +35,14 @@ from pipeline.errors import DecodeError, LatentmillError
 
 # The owner kills at the time allowed. This is for a child whose owner has died while it hangs.
 _GRACE_SECONDS = 5.0
+# The encoder's threads go first where cores are short: what they wait for is decoded by then, or else they sleep.
+_NICENESS = 5
 
 
 def serve(memory: FrameView, limits: DecodeLimits) -> None:
     """Answer requests until the owner closes the pipe."""
     replies = _private_stdout()
+    os.nice(_NICENESS)
     av.logging.set_level(None)
     logging.disable()  # Pillow's complaints about broken files
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
