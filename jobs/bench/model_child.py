@@ -130,9 +130,12 @@ def _chunks(frames: int, chunk_frames: int) -> list[int]:
 
 
 def _count_macs(encode: Callable[[], Tensor]) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    def of_small_clips(x: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: of_small_clips}) as counter:
         encode()
     return float(counter.get_total_flops()) / 2
 
