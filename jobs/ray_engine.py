@@ -110,6 +110,8 @@ class RayEngine:
             num_gpus=1 if on_gpu else 0,
             num_cpus=spec.share.cpus,
             runtime_env={} if on_gpu else {"env_vars": HEAP_ENVIRONMENT},
+            # As node_share has counted; packed, a node's workers could decode with more than its --decode-workers.
+            scheduling_strategy="DEFAULT" if spec.share.decode_processes is None else "SPREAD",
             max_restarts=0,
             max_task_retries=0,
         )(EncodeActor)

@@ -151,7 +151,7 @@ def test_the_engine_tells_of_all_that_is_done_and_once_of_a_worker_that_died(
     from jobs import ray_engine
 
     monkeypatch.setattr(ray_engine, "EncodeActor", Sleeper)
-    spec: Any = SimpleNamespace(device="cpu", share=SimpleNamespace(cpus=0))
+    spec: Any = SimpleNamespace(device="cpu", share=SimpleNamespace(cpus=0, decode_processes=1))
     engine = ray_engine.RayEngine(spec, EngineFlags(units_in_flight=3))
     first, second = engine.start_worker(), engine.start_worker()
     assert set(collect(engine, 2)) == {WorkerReady(first), WorkerReady(second)}
