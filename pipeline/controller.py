@@ -115,7 +115,8 @@ class Controller:
 
         Args:
             worker: its name.
-            reserved: how many of the waiting units, from the first on, only a worker that holds nothing may have.
+            reserved: how many workers are still to come. Once all that waits has room with them, a worker that holds
+                units leaves each of them one, from the first on.
         """
         if not self.has_room(worker):
             return None

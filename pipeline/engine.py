@@ -121,7 +121,7 @@ class _Run:
     def feed(self) -> None:
         """Lease units: first to workers that hold none, then ahead, by turns: of the last few, no worker gets all.
 
-        Each worker that is still starting will hold none: as many units, the longest, are kept from leasing ahead.
+        Each worker that is still starting will hold none: of the last units, as many, the longest, are kept for them.
         """
         if self.empty and self.controller.has_units():
             for worker in sorted(self.empty):

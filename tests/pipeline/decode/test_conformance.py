@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from pipeline.decode.backend import decode_windows, probe_media
 from pipeline.decode.choice import checked_in_table
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, MediaSource, Window
-from pipeline.decode.torchcodec_backend import video_decoder_class
-from pipeline.errors import UsageError
 from tests.clips import real_data
 from tests.conformance import COMMAND, README, VIDEO_BACKENDS, as_markdown, ask_all
 from tests.conformance_broken import BROKEN
@@ -21,16 +18,6 @@ from tests.conformance_cases import CASES
 
 LIMITS = DecodeLimits()
 TOLERANCE = 4.0  # of 255, in the mean: the back ends scale before, while or after they convert to RGB
-
-
-@pytest.fixture
-def torchcodec_or_skip():
-    try:
-        video_decoder_class()
-    except UsageError as error:
-        if os.environ.get("FAIL_WITHOUT_TORCHCODEC"):
-            pytest.fail(str(error))
-        pytest.skip(f"NOT TESTED: {error}")
 
 
 def check_table(backend, folder):

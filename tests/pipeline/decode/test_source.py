@@ -18,8 +18,7 @@ from pipeline.decode.backend import decode_pieces, decode_windows, probe_media
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, MediaSource, Window
 from pipeline.decode.source import MAX_FETCHED_BYTES, fetched, open_source
-from pipeline.decode.torchcodec_backend import video_decoder_class
-from pipeline.errors import ShardError, UsageError
+from pipeline.errors import ShardError
 from tests.clips import stored
 
 LIMITS = DecodeLimits()
@@ -101,12 +100,9 @@ def test_a_decode_is_one_request(bucket, any_video, starts):
 
 
 @pytest.mark.parametrize("decoder", ["decord", "torchcodec"])
-def test_back_ends_that_open_the_source_several_times_share_the_bytes(bucket, mp4, decoder):
+def test_back_ends_that_open_the_source_several_times_share_the_bytes(bucket, mp4, decoder, request):
     if decoder == "torchcodec":
-        try:
-            video_decoder_class()
-        except UsageError as error:
-            pytest.skip(str(error))
+        request.getfixturevalue("torchcodec_or_skip")
     source = put(bucket, mp4)
     outcomes = decode_windows(request_of(source, (80,), decoder), LIMITS)
     assert bucket.asked == [(source.offset, source.size_bytes)]
