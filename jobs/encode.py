@@ -130,7 +130,7 @@ def _local_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags,
     torch.set_num_threads(flags.encode_threads)
     pool.start()  # while the encoder loads
     encoder = open_encoder(source, choose_device(flags.device), plan.recipe.encode.compute_dtype)
-    return LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE)
+    return LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE, flags.encode_threads)
 
 
 def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Engine:

@@ -101,7 +101,8 @@ class TrialFlags(DecodeFlags):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the encoder runs; auto takes CUDA when there is one."""
     encode_threads: int = 1
-    """CPU threads of each encode worker. Fixed, since the number changes the last bits of a latent on a CPU."""
+    """CPU threads of each encode worker: several are shared by two encoder calls at a time. Fixed, since the number may
+    change the last bits of a latent on a CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

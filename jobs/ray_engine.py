@@ -76,7 +76,9 @@ class EncodeActor:
         encoder = open_encoder(self._spec.encoder_source, self._spec.device, self._spec.compute_dtype)
         storage = open_storage(self._spec.store_url)
         plan = load_plan(storage, open_header(storage).recipe)
-        self._worker = EncodeWorker(encoder, decoders, storage, plan, self._spec.window_bytes, _die)
+        self._worker = EncodeWorker(
+            encoder, decoders, storage, plan, self._spec.window_bytes, _die, self._spec.encode_threads
+        )
         node = ray.get_runtime_context().get_node_id()
         return {"pid": os.getpid(), "node": node, "decode_processes": self._spec.share.decode_processes}
 

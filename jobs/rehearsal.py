@@ -59,7 +59,9 @@ def _parse(source: str) -> tuple[Geometry, float]:
 
 
 class RehearsalEncoder:
-    """A VideoEncoder that sleeps. Keeps nothing between calls."""
+    """A VideoEncoder that sleeps, as one GPU would. Keeps nothing between calls."""
+
+    one_at_a_time = True
 
     def __init__(self, source: str) -> None:
         self._card = describe_rehearsal(source)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class NativeBackend:
     """A CausalAutoencoder. Keeps nothing between calls: any number of threads may share it."""
 
+    one_at_a_time = False
+
     def __init__(self, model: CausalAutoencoder) -> None:
         self.model = model
 

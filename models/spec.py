@@ -122,11 +122,16 @@ class Posterior:
 
 
 class VideoEncoder(Protocol):
-    """A frozen autoencoder, ready on its device. Not thread-safe unless it says so: one per worker."""
+    """A frozen autoencoder, ready on its device. Threads may share it; a stream belongs to one of them at a time."""
 
     @property
     def card(self) -> EncoderCard:
         """Identity and geometry."""
+        ...
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether calls beside each other are no faster: they take turns, or share one GPU."""
         ...
 
     def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None) -> Posterior:

@@ -34,7 +34,11 @@ class EncodesChunks(Protocol):
 
     Its state is None at a clip's start, then whatever it likes of dictionaries, lists, tensors, numbers and strings, so
     that it can be saved. A state that was passed in is left as it was.
+
+    one_at_a_time: whether threads that share it take turns; else their calls run beside each other.
     """
+
+    one_at_a_time: bool
 
     def encode_chunk(self, pixels: Tensor, state: Any) -> tuple[Posterior, Any]:
         """Encode the next frames, B 3 T H W: the leading one first, then multiples of the temporal stride."""
@@ -82,6 +86,10 @@ class ChunkedEncoder:
     @property
     def card(self) -> EncoderCard:
         return self._card
+
+    @property
+    def one_at_a_time(self) -> bool:
+        return self._backend.one_at_a_time or self._device.type != "cpu"
 
     def encode(self, frames_BTHWC: Tensor, chunk_frames: int | None = None) -> Posterior:
         if frames_BTHWC.ndim != 5:

@@ -74,6 +74,8 @@ class TiledBackend:
     tile: side of the square that is kept of each tile, in latent positions.
     """
 
+    one_at_a_time = False
+
     def __init__(self, model: CausalAutoencoder, tile: int) -> None:
         if tile < 1:
             raise ValueError(f"a tile's side must be at least 1 latent position, got {tile}")

@@ -44,6 +44,8 @@ class WholeBackend(Protocol):
 class WholeEncoder:
     """A VideoEncoder over a WholeBackend. Threads may share it; they take turns."""
 
+    one_at_a_time = True
+
     def __init__(self, card: EncoderCard, backend: WholeBackend, device: str, compute_dtype: torch.dtype) -> None:
         self._card = card
         self._backend = backend

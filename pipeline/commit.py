@@ -63,7 +63,7 @@ def commit(
     `rows` are its stored rows [S, C, t, h, w]; those that no clip of `results` holds are set to NaN, in place.
     """
     recipe = plan.recipe
-    first_row = unit.number * recipe.unit_rows(unit.bucket)
+    first_row = plan.first_row(unit)
     held = [clip.row - first_row for clip, result in zip(clips, results, strict=True) if isinstance(result, RowFacts)]
     absent = np.ones(len(rows), bool)
     absent[held] = False

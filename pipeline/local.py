@@ -30,10 +30,16 @@ class LocalEngine:
     """Runs units in this process."""
 
     def __init__(
-        self, encoder: VideoEncoder, decoders: Decoders, storage: Storage, plan: Plan, window_bytes: int
+        self,
+        encoder: VideoEncoder,
+        decoders: Decoders,
+        storage: Storage,
+        plan: Plan,
+        window_bytes: int,
+        encode_threads: int = 1,
     ) -> None:
         self._events: queue.Queue[Event | BaseException] = queue.Queue()
-        self._worker = EncodeWorker(encoder, decoders, storage, plan, window_bytes, on_fatal=self._events.put)
+        self._worker = EncodeWorker(encoder, decoders, storage, plan, window_bytes, self._events.put, encode_threads)
 
     def start_worker(self) -> str:
         self._events.put(WorkerReady(_NAME))

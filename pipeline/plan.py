@@ -132,6 +132,10 @@ class Plan:
     def _rows(plan: BucketPlan, number: int) -> tuple[int, int]:
         return number * plan.unit_rows, min(plan.end_row, (number + 1) * plan.unit_rows)
 
+    def first_row(self, unit: Unit) -> int:
+        """The unit's first row in its bucket."""
+        return unit.number * self.buckets[unit.bucket].unit_rows
+
     def num_rows(self, unit: Unit) -> int:
         """How many clips a unit has."""
         plan = self.buckets[unit.bucket]

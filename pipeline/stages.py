@@ -1,7 +1,7 @@
 """Threads in a row, each with a bounded hand-over to the next, that end together and never look alive when one is dead.
 
 In:   per stage: what handles an item, the queue that items come by, the queue of the stage behind it.
-Out:  one running thread per stage.
+Out:  running threads: one per stage, or several that take items from one queue.
 Cost: as many items as the queues hold, and one in each thread.
 Errors: a LatentmillError is told to `fail` with its item; anything else is fatal: told to `on_fatal`, and all stop.
 
@@ -36,16 +36,18 @@ class Stages:
     def start(
         self,
         name: str,
-        handle: Callable[[Any], None],
         inbox: queue.Queue[Any],
+        *handles: Callable[[Any], None],
         outbox: queue.Queue[Any] | None = None,
         at_end: Callable[[], None] | None = None,
     ) -> None:
-        """Start a stage. A None in `inbox` ends it: then `at_end`, and a None into `outbox`."""
-        arguments = (handle, inbox, outbox, at_end)
-        thread = threading.Thread(target=self._run, args=arguments, name=f"latentmill-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        """Start a stage, a thread per handle. A None in `inbox` ends it: then `at_end`, and a None into `outbox`."""
+        running = _Countdown(len(handles))
+        for handle in handles:
+            arguments = (handle, inbox, running, outbox, at_end)
+            thread = threading.Thread(target=self._run, args=arguments, name=f"latentmill-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def stop(self) -> None:
         """Have items dropped from now on."""
@@ -61,6 +63,7 @@ class Stages:
         self,
         handle: Callable[[Any], None],
         inbox: queue.Queue[Any],
+        running: _Countdown,
         outbox: queue.Queue[Any] | None,
         at_end: Callable[[], None] | None,
     ) -> None:
@@ -73,7 +76,23 @@ class Stages:
             except BaseException as error:  # noqa: BLE001 (a dead stage must never look alive, whatever killed it)
                 self._on_fatal(error)
             del item  # Or its frames would stay until the next one comes.
+        if not running.is_last():
+            inbox.put(None)  # for the next of the stage's threads
+            return
         if at_end is not None:
             at_end()
         if outbox is not None:
             outbox.put(None)
+
+
+class _Countdown:
+    """Tells the last of so many threads that it is the last."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._lock = count, threading.Lock()
+
+    def is_last(self) -> bool:
+        """To be asked once by each."""
+        with self._lock:
+            self._count -= 1
+            return not self._count

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING
@@ -33,12 +34,12 @@ class UnitReport:
     """What one unit cost and what became of it.
 
     failed: clips by reason. failures: (key, reason, detail) of the first of them. won: False when another worker had
-    committed the unit already. Wall seconds of the encode thread: `encode_seconds` in the encoder, `copy_seconds`
-    putting rows of long clips away, `starved_seconds` waiting for frames, `blocked_seconds` for the threads behind it
-    to take what came before. Of the threads beside it: `batch_seconds` putting batches together, `rows_seconds` making
-    stored rows, `write_seconds` (checksums, Zarr, both puts). Of the decode processes, for the clips that came out:
-    `decode_seconds` at work, `read_seconds` waiting for bytes or for a core. `start_seconds`: a worker's wait for its
-    very first frames.
+    committed the unit already. Wall seconds of the encode stage, the mean over its threads: `encode_seconds` in the
+    encoder, `copy_seconds` putting rows of long clips away, `starved_seconds` waiting for frames, `blocked_seconds` for
+    the threads behind it to take what came before. Of the threads beside it: `batch_seconds` putting batches together,
+    `rows_seconds` making stored rows, `write_seconds` (checksums, Zarr, both puts). Of the decode processes, for the
+    clips that came out: `decode_seconds` at work, `read_seconds` waiting for bytes or for a core. `start_seconds`: a
+    worker's wait for its very first frames.
     """
 
     unit: Unit
@@ -48,11 +49,11 @@ class UnitReport:
     frames: int
     bytes_read: int
     bytes_written: int
-    encode_seconds: float
-    starved_seconds: float
-    blocked_seconds: float
-    write_seconds: float
     won: bool
+    encode_seconds: float = 0.0
+    starved_seconds: float = 0.0
+    blocked_seconds: float = 0.0
+    write_seconds: float = 0.0
     copy_seconds: float = 0.0
     batch_seconds: float = 0.0
     rows_seconds: float = 0.0
@@ -63,7 +64,7 @@ class UnitReport:
 
 @dataclasses.dataclass
 class UnitJob:
-    """A unit on its way through the threads, in the hands of one at a time but for its future.
+    """A unit on its way through the threads, each with fields of its own; future and seconds are for any.
 
     The feed thread sets clips and rows; `outcomes` are decoded and not yet in a batch, `batched_clips` are; `streams`
     are the long clips under way. `results` go by the clip's place in `clips`.
@@ -77,20 +78,19 @@ class UnitJob:
     streams: dict[int, StreamedClip] = dataclasses.field(default_factory=dict)
     results: dict[int, RowResult] = dataclasses.field(default_factory=dict)
     batched_clips: int = 0
-    encode_seconds: float = 0.0
-    copy_seconds: float = 0.0
-    batch_seconds: float = 0.0
-    rows_seconds: float = 0.0
-    start_seconds: float = 0.0
-    starved_seconds: float = 0.0
-    blocked_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    read_seconds: float = 0.0
+    _seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def spend(self, **seconds: float) -> None:
+        """Add to the report's seconds, by their names without `_seconds`."""
+        with self._lock:
+            for name, more in seconds.items():
+                self._seconds[f"{name}_seconds"] = self._seconds.get(f"{name}_seconds", 0.0) + more
 
     def count(self, outcomes: Sequence[DecodeOutcome]) -> None:
         """Add what decoding cost."""
-        self.decode_seconds += sum(one.cpu_seconds for one in outcomes if isinstance(one, DecodedClip))
-        self.read_seconds += sum(one.wait_seconds for one in outcomes if isinstance(one, DecodedClip))
+        decoded = [one for one in outcomes if isinstance(one, DecodedClip)]
+        self.spend(decode=sum(one.cpu_seconds for one in decoded), read=sum(one.wait_seconds for one in decoded))
 
     def settle(self, outcome: UnitReport | LatentmillError) -> None:
         """Resolve the future, unless it was cancelled or another thread came first."""
@@ -100,7 +100,7 @@ class UnitJob:
             else:
                 self.future.set_exception(outcome)
 
-    def report(self, committed: CommitReport, write_seconds: float) -> UnitReport:
+    def report(self, committed: CommitReport) -> UnitReport:
         """The whole of it."""
         pairs = [(clip, self.results[place]) for place, clip in enumerate(self.clips)]
         failures = [
@@ -115,15 +115,6 @@ class UnitJob:
             frames=sum(clip.window.num_frames for clip, result in pairs if not isinstance(result, SampleError)),
             bytes_read=sum(sizes.values()),
             bytes_written=committed.bytes_written,
-            encode_seconds=self.encode_seconds,
-            starved_seconds=self.starved_seconds,
-            blocked_seconds=self.blocked_seconds,
-            write_seconds=write_seconds,
             won=committed.won,
-            copy_seconds=self.copy_seconds,
-            batch_seconds=self.batch_seconds,
-            rows_seconds=self.rows_seconds,
-            start_seconds=self.start_seconds,
-            decode_seconds=self.decode_seconds,
-            read_seconds=self.read_seconds,
+            **self._seconds,
         )

@@ -160,7 +160,7 @@ def _check_rows(storage: Storage, plan: Plan, unit: Unit, lines: Sequence[dict[s
     except StoreError as error:
         yield str(error)
         return
-    first_row = unit.number * plan.recipe.unit_rows(unit.bucket)
+    first_row = plan.first_row(unit)
     for line in lines:
         problem = _check_row(line, rows[line["row"] - first_row], plan.recipe)
         if problem:
@@ -230,7 +230,7 @@ def restore(
     clips = {clip.row: clip for clip in unit_clips(storage, plan, unit)}
     shards = plan.shards
     rows = read_unit(storage, plan.recipe, unit)
-    first_row = unit.number * plan.recipe.unit_rows(unit.bucket)
+    first_row = plan.first_row(unit)
     for line in chosen:
         clip = clips[line["row"]]
         outcome = _decode_source(clip, shards[clip.shard_url], plan.recipe, decoders)

@@ -68,6 +68,8 @@ class FakeEncoder:
     `batches` counts the calls; `scale` makes values too large for float16.
     """
 
+    one_at_a_time = False
+
     def __init__(self, scale: float = 1.0) -> None:
         self.scale, self.batches = scale, 0
 

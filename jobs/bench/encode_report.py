@@ -50,8 +50,8 @@ def _head(about: Json) -> Iterator[str]:
     yield "  are what comes before and after (imports, Ray, loading the encoder, the end of processes). Ours indexes"
     yield "  the tars before, told apart, and starts its decode processes in its seconds; the others are given what"
     yield "  they need of that index, offsets and windows"
-    yield "- encoder alone: one encoder on clips in memory. Bound: the longer of its sleep per encode worker, and the"
-    yield "  CPU seconds of our decode, encode and write (one copy of the stages per core at once) over the cores"
+    yield "- encoder alone: one call at a time, on clips in memory. Bound: the longer of its sleep per encode worker,"
+    yield "  and the CPU seconds of our decode, encode and write (one copy of them per core at once) over the cores"
     yield ""
 
 

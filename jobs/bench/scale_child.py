@@ -108,7 +108,7 @@ class _FakeEngine:
         return name
 
     def submit(self, worker: str, unit: Unit) -> None:
-        report = UnitReport(unit, UNIT_ROWS, {}, (), UNIT_ROWS * 17, 1, 1, 1.0, 0.0, 0.0, 0.0, True)
+        report = UnitReport(unit, UNIT_ROWS, {}, (), UNIT_ROWS * 17, 1, 1, won=True, encode_seconds=1.0)
         self._events.append(UnitDone(worker, report))
 
     def wait(self, timeout_seconds: float) -> Sequence[Event]:

@@ -67,6 +67,8 @@ def unfold_frames(x: Tensor, batch: int) -> Tensor:
 class KlImageBackend:
     """An AutoencoderKL."""
 
+    one_at_a_time = False
+
     def __init__(self, vae: Any) -> None:
         self.vae = vae
 

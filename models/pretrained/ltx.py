@@ -84,8 +84,8 @@ def ltx_normaliser(config: Config, weights: Path) -> Normaliser:
     return channel_normaliser(mean, std, float(config.get("scaling_factor", 1.0)), formula)
 
 
-class _Tape:
-    """The state of the stream whose chunk is being encoded; the encoder's layers read and write it."""
+class _Tape(threading.local):
+    """The state of the stream whose chunk this thread encodes; the encoder's layers read and write it."""
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -136,19 +136,20 @@ class _StreamedDownsample(nn.Module):
 class LtxBackend:
     """An LTX autoencoder whose encoder was made to stream; the decoder is left as it is."""
 
+    one_at_a_time = False
+
     def __init__(self, vae: Any) -> None:
         self.vae = vae
         self.tape = _Tape()
-        self.lock = threading.Lock()
+        self.decoder_lock = threading.Lock()  # the random generator is the process's
         _make_streamed(vae.encoder, importlib.import_module(type(vae).__module__), self.tape)
 
     def encode_chunk(self, pixels: Tensor, state: State | None) -> tuple[Posterior, State]:
-        with self.lock:
-            self.tape.state = following = dict(state or {})
-            try:
-                mean, logvar = self.vae.encoder(pixels).chunk(2, dim=1)
-            finally:
-                self.tape.state = {}
+        self.tape.state = following = dict(state or {})
+        try:
+            mean, logvar = self.vae.encoder(pixels).chunk(2, dim=1)
+        finally:
+            self.tape.state = {}
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE)), following
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
@@ -156,7 +157,7 @@ class LtxBackend:
         conditioned = self.vae.config.timestep_conditioning
         timestep = latents.new_zeros(latents.shape[0]) if conditioned else None
         devices = [latents.device] if latents.device.type == "cuda" else []
-        with self.lock, torch.random.fork_rng(devices=devices):
+        with self.decoder_lock, torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             pixels = self.vae.decode(latents, timestep, return_dict=False)[0]
         yield pixels

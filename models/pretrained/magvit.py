@@ -41,6 +41,8 @@ def magvit_geometry(config: Config) -> Geometry:
 class MagvitBackend:
     """An AutoencoderKLMagvit; the state of a stream is a dictionary that comes in and goes out."""
 
+    one_at_a_time = True
+
     def __init__(self, vae: Any) -> None:
         self.vae = vae
         self.encoder_layers = LentState(vae.encoder, "prev_features")

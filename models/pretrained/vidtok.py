@@ -73,6 +73,8 @@ class _CausalLayers(LentState):
 class VidTokBackend:
     """A causal AutoencoderVidTok; the state of a stream is a dictionary that comes in and goes out."""
 
+    one_at_a_time = True
+
     def __init__(self, vae: Any) -> None:
         self.vae = vae
         self.copies = vidtok_geometry(vae.config).temporal_stride - 1

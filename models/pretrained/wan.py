@@ -48,6 +48,7 @@ class WanBackend:
     """An AutoencoderKLWan; the cache of a stream is a list that comes in and goes out."""
 
     convolution = "WanCausalConv3d"
+    one_at_a_time = False
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae

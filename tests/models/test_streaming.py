@@ -230,6 +230,8 @@ def test_a_backend_that_decodes_whole_latents_has_no_decode_stream():
     model = random_model(BACKBONES["causal"])
 
     class WholeDecoding:
+        one_at_a_time = False
+
         def encode_chunk(self, pixels, state):
             return model.encode_chunk(pixels, state or {})
 

@@ -24,9 +24,9 @@ def units(count: int) -> list[Unit]:
 
 
 def report(unit: Unit, written: int = 4, **failed: int) -> UnitReport:
-    return UnitReport(
-        unit, written, failed, tuple(("k", name, "") for name in failed), 36, 10, 20, 2.0, 1.0, 1.0, 1.0, True
-    )
+    failures = tuple(("k", name, "") for name in failed)
+    seconds = {"encode_seconds": 2.0, "starved_seconds": 1.0, "blocked_seconds": 1.0, "write_seconds": 1.0}
+    return UnitReport(unit, written, failed, failures, 36, 10, 20, True, **seconds)
 
 
 def suspect(controller: Controller, unit: Unit, deaths: int) -> None:

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from models.spec import Posterior
 from pipeline import worker as worker_module
 from pipeline.buckets import Bucket, BucketConfig
 from pipeline.byte_window import ByteWindow
 from pipeline.clip_streams import StreamPlan
 from pipeline.decode.records import DecodeRequest
 from pipeline.decode_requests import Decoders, next_slice, require_unchanged, to_messages, to_requests
+from pipeline.encode_stage import num_callers
 from pipeline.errors import ShardError, StoreError, UnitError
 from pipeline.ledger import read_rows, unit_name
 from pipeline.placement import Clip
@@ -88,6 +90,16 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Setup]]:
         setup.worker.close(finish=False)
 
 
+class UnevenEncoder(FakeEncoder):
+    """Every third call takes long, so that of two callers one overtakes the other."""
+
+    def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None) -> Posterior:
+        posterior = super().encode(frames_BTHWC, chunk_frames)
+        if self.batches % 3 == 0:
+            time.sleep(0.003)
+        return posterior
+
+
 # the same bytes, whatever the timing
 
 
@@ -95,17 +107,21 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Setup]]:
     ("windows", "batch_size", "unit_rows"), [(2, 2, 4), (7, 3, 6), (1, 4, 4), (40, 2, 256), (3, 1, 1)]
 )
 @pytest.mark.parametrize("window_clips", [0.3, 2.5, 1000])
-def test_bytes_do_not_depend_on_latency_or_window(
-    tmp_path: Path, windows: int, batch_size: int, unit_rows: int, window_clips: float
+@pytest.mark.parametrize("encode_threads", [1, 2])
+def test_bytes_do_not_depend_on_latency_window_or_callers(
+    tmp_path: Path, windows: int, batch_size: int, unit_rows: int, window_clips: float, encode_threads: int
 ) -> None:
     storage, plan = planned_store(tmp_path, SHARDS, recipe_of(windows, batch_size, unit_rows))
     copy = LocalStorage(shutil.copytree(storage.url, tmp_path / "copy"))
     stores = []
-    runs = ((storage, FakeDecoders(), 1 << 30), (copy, FakeDecoders(0.004, windows), int(window_clips * CLIP_BYTES)))
-    for target, decoders, window_bytes in runs:
+    runs = (
+        (storage, FakeDecoders(), 1 << 30, 1),
+        (copy, FakeDecoders(0.004, windows), int(window_clips * CLIP_BYTES), encode_threads),
+    )
+    for target, decoders, window_bytes, threads in runs:
         decoders.bad = {"bad"}
         fatal: list[BaseException] = []
-        worker = EncodeWorker(FakeEncoder(), decoders, target, plan, window_bytes, fatal.append)
+        worker = EncodeWorker(UnevenEncoder(), decoders, target, plan, window_bytes, fatal.append, threads)
         futures = [worker.submit(unit) for unit in plan.units()]
         worker.close()
         assert not fatal
@@ -166,6 +182,65 @@ def test_the_encoder_sees_full_batches_whatever_failed(make: Callable[..., Setup
     assert encoder.shapes == [(4, 9, 32, 32, 3)] * 2
     assert report.failed == {"bad_media": 2}
     assert report.written == 4
+
+
+# encoder calls beside each other
+
+
+class MeetingEncoder(FakeEncoder):
+    """Each call waits until another one is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meeting = threading.Barrier(2)
+        self.threads: set[int] = set()
+
+    def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None) -> Posterior:
+        self.meeting.wait(timeout=10)
+        self.threads.add(torch.get_num_threads())
+        return super().encode(frames_BTHWC, chunk_frames)
+
+
+def test_on_several_threads_two_calls_run_at_a_time_on_half_of_them_each(tmp_path: Path) -> None:
+    storage, plan = planned_store(tmp_path, SHARDS, recipe_of(2, 2, 4))
+    encoder, fatal = MeetingEncoder(), list[BaseException]()
+    worker = EncodeWorker(encoder, FakeDecoders(), storage, plan, 1 << 20, fatal.append, encode_threads=4)
+    futures = [worker.submit(unit) for unit in plan.units()]
+    reports = [future.result(10) for future in futures]
+    worker.close()
+    assert fatal == []
+    assert encoder.threads == {2}
+    assert sum(report.written for report in reports) == plan.num_clips
+
+
+def test_seconds_of_two_callers_are_their_mean(tmp_path: Path) -> None:
+    storage, plan = planned_store(tmp_path, SHARDS, recipe_of(2, 2, 4))
+
+    class Slow(FakeEncoder):
+        def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None) -> Posterior:
+            time.sleep(0.05)
+            return super().encode(frames_BTHWC, chunk_frames)
+
+    encoder = Slow()
+    worker = EncodeWorker(encoder, FakeDecoders(), storage, plan, 1 << 20, list[BaseException]().append, 2)
+    began = time.monotonic()
+    reports = [future.result(10) for future in [worker.submit(unit) for unit in plan.units()]]
+    seconds = time.monotonic() - began
+    worker.close()
+    encode_seconds = sum(report.encode_seconds for report in reports)
+    assert encoder.batches * 0.05 / 2 <= encode_seconds <= seconds
+
+
+def test_one_call_at_a_time_where_two_gain_nothing(tmp_path: Path) -> None:
+    _, plan = planned_store(tmp_path, SHARDS)
+    turns = FakeEncoder()
+    turns.one_at_a_time = True
+    assert num_callers(FakeEncoder(), plan, threads=2) == 2
+    assert num_callers(FakeEncoder(), plan, threads=1) == 1
+    assert num_callers(turns, plan, threads=2) == 1
+    (tmp_path / "films").mkdir()
+    _, films = planned_store(tmp_path / "films", FILMS, film_recipe())
+    assert num_callers(FakeEncoder(), films, threads=2) == 1
 
 
 # long clips, in pieces

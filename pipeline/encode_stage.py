@@ -1,0 +1,140 @@
+"""The encode stage of a worker: batches, or pieces of long clips, through the encoder; one Caller per thread.
+
+In:   Slice and Piece, from one queue.
+Out:  Encoded for every slice, and a job whose last piece is encoded.
+Cost: encoder calls, as many at a time as there are callers.
+Errors: the encoder's own.
+
+On a CPU two calls at a time, on half of the threads each, use what one call leaves idle wherever a layer cannot share
+its work out among threads: a fifth more clips per second (infra/LOG.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import time
+from typing import Any
+
+import torch
+
+from models.spec import Posterior, VideoEncoder
+from pipeline.byte_window import ByteWindow
+from pipeline.commit import RowResult
+from pipeline.decode.records import DecodedClip
+from pipeline.encode import Batch, EncoderTimer, StreamedClip, encode_batch
+from pipeline.errors import DecodeError
+from pipeline.feed import Piece
+from pipeline.plan import Plan
+from pipeline.unit_job import UnitJob
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A batch of a job, and its bytes in the window; `place` is its first clip's in the job, `start` its first row."""
+
+    job: UnitJob
+    num_bytes: int
+    place: int
+    start: int
+    batch: Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What the encoder made of a slice, whose frames are gone."""
+
+    job: UnitJob
+    place: int
+    start: int
+    batch: Batch
+    posterior: Posterior | None
+
+
+def num_callers(encoder: VideoEncoder, plan: Plan, threads: int) -> int:
+    """How many encoder calls at a time `threads` CPU threads are best shared by. Pure.
+
+    The pieces of a long clip come one after another, so a plan with such clips has one caller.
+    """
+    has_pieces = any(plan.recipe.streams(bucket) for bucket in plan.buckets)
+    return 1 if threads == 1 or has_pieces or encoder.one_at_a_time else 2
+
+
+class Caller:
+    """One thread of the stage. `outbox` takes what is done; its seconds count as `share` of the stage's.
+
+    threads: CPU threads of a call; None for those that torch is set to.
+    """
+
+    def __init__(
+        self,
+        encoder: VideoEncoder,
+        plan: Plan,
+        window: ByteWindow,
+        outbox: queue.Queue[Any],
+        share: float,
+        threads: int | None,
+    ) -> None:
+        self._encoder, self._plan, self._window, self._outbox = encoder, plan, window, outbox
+        self._share, self._threads = share, threads
+        self._timer = EncoderTimer()
+        self._free_since = time.perf_counter()
+        self._has_begun = False
+        self._blocked_seconds = 0.0
+
+    def handle(self, item: Slice | Piece) -> None:
+        """Encode it, hand it on, and give its bytes back."""
+        if not self._has_begun and self._threads is not None:
+            torch.set_num_threads(self._threads)  # of this thread
+        self._count_wait(item.job)
+        try:
+            if not item.job.future.done():
+                self._hand_on(self._encode_piece(item) if isinstance(item, Piece) else self._encode_slice(item))
+        finally:
+            self._window.release(item.num_bytes)
+            self._free_since = time.perf_counter()
+
+    def _encode_slice(self, item: Slice) -> Encoded:
+        began = time.perf_counter()
+        posterior = encode_batch(self._encoder, self._plan.recipe, item.batch)
+        item.job.spend(encode=(time.perf_counter() - began) * self._share)
+        batch = dataclasses.replace(item.batch, frames=None)
+        return Encoded(item.job, item.place, item.start, batch, posterior)
+
+    def _encode_piece(self, piece: Piece) -> UnitJob | None:
+        """The job when it is complete."""
+        job, outcome = piece.job, piece.outcome
+        began, encoded = time.perf_counter(), self._timer.seconds
+        result: RowResult | None = outcome if isinstance(outcome, DecodeError) else self._push(piece, outcome)
+        encode_seconds = self._timer.seconds - encoded
+        job.spend(encode=encode_seconds, copy=time.perf_counter() - began - encode_seconds)
+        if result is None:
+            return None
+        job.streams.pop(piece.place, None)
+        job.results[piece.place] = result
+        return job if len(job.results) == len(job.clips) else None
+
+    def _push(self, piece: Piece, decoded: DecodedClip) -> RowResult | None:
+        job, place = piece.job, piece.place
+        job.count([decoded])
+        if place not in job.streams:
+            clip = job.clips[place]
+            row = job.rows[clip.row - self._plan.first_row(job.unit)]
+            job.streams[place] = StreamedClip(self._encoder, self._plan.recipe, clip, row, self._timer)
+        return job.streams[place].push(decoded)
+
+    def _count_wait(self, job: UnitJob) -> None:
+        """Until its first frames a caller starts; after them it starves."""
+        waited = "starved" if self._has_begun else "start"
+        seconds = time.perf_counter() - self._free_since
+        job.spend(blocked=self._blocked_seconds * self._share, **{waited: seconds * self._share})
+        self._blocked_seconds = 0.0
+        self._has_begun = True
+
+    def _hand_on(self, done: Encoded | UnitJob | None) -> None:
+        if done is None:
+            return
+        # The time in `put` goes to whatever comes next: this unit's report may be out before `put` returns.
+        began = time.perf_counter()
+        self._outbox.put(done)
+        self._blocked_seconds = time.perf_counter() - began
