@@ -122,6 +122,8 @@ def to_rows(recipe: Recipe, batch: Batch, posterior: Posterior | None) -> tuple[
     if values.shape != (len(clips), *shape):
         raise RuntimeError(f"{recipe.encoder.name} made {values.shape=}, the plan says {(len(clips), *shape)}")
     stored = to_stored(values, recipe.encode.dtype)
+    if np.isfinite(to_float32(stored, recipe.encode.dtype)).all():
+        return stored, list(batch.results)
     return stored, [
         _judge(result, value, row, recipe) for result, value, row in zip(batch.results, values, stored, strict=True)
     ]

@@ -38,6 +38,15 @@ def about(name: str, libraries: Sequence[str], **facts: object) -> dict[str, Any
     }
 
 
+def device_name(device: str) -> str:
+    """`cpu`, or `cuda` and what the GPU is called."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return f"cuda ({torch.cuda.get_device_name()})"
+
+
 def rotated(names: Sequence[str], number: int) -> Sequence[str]:
     """The order of a round: each name comes first once in a while, and follows each of its neighbours."""
     first = number % len(names)

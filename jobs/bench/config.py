@@ -21,8 +21,10 @@ from jobs.flags import (
 )
 from pipeline.errors import UsageError
 
-ENCODE_SETS = ("short", "long", "mixed", "broken", "tiny", "huge")
-ENCODE_ENCODERS = ("balanced", "decode-bound", "encode-bound", "tiny-vae", "wan-2.1")
+ENCODE_SETS = ("short", "short-256", "long", "mixed", "broken", "tiny", "huge")
+RELEASED = ("wan-2.1-full", "ltx-0.9-full")
+BASE_PRESETS = ("base-4x8x8x16", "base-4x16x16x48", "base-8x32x32x128")
+ENCODE_ENCODERS = ("balanced", "decode-bound", "encode-bound", "tiny-vae", "wan-2.1", *BASE_PRESETS, *RELEASED)
 Contender = Literal["local", "ray-1", "ray-2", "plain", "dataloader", "decord", "ray-data"]
 OURS: tuple[Contender, ...] = ("local", "ray-1", "ray-2")
 TINY_VAE = "tiny-vae"
@@ -93,12 +95,18 @@ class BenchEncode(ConfigFile):
     hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
     """What to call this machine in the file's name."""
     cases: tuple[str, ...] = (
-        *(f"{name}:balanced" for name in ENCODE_SETS),
+        *(f"{name}:balanced" for name in ENCODE_SETS if name != "short-256"),
         *(f"{name}:{speed}" for name in ("short", "long") for speed in ("decode-bound", "encode-bound")),
         *(f"short:{encoder}" for encoder in ("tiny-vae", "wan-2.1")),
     )
-    """SET:ENCODER. Sets: short, long, mixed, broken, tiny, huge. Encoders that sleep as a GPU would: balanced (as fast
-    as all cores decode), decode-bound (3 times as fast), encode-bound (a third); that compute: tiny-vae, wan-2.1."""
+    """SET:ENCODER. Sets: short, short-256, long, mixed, broken, tiny, huge. Encoders that sleep as a GPU would:
+    balanced (as fast as all cores decode), decode-bound (3 times as fast), encode-bound (a third); that compute:
+    tiny-vae, wan-2.1 (a sixth of its width) and, for a GPU, base-4x8x8x16, base-4x16x16x48, base-8x32x32x128,
+    wan-2.1-full and ltx-0.9-full."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where encoders compute; auto takes CUDA when there is one."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What they compute in."""
     contenders: tuple[Contender, ...] = (*OURS, *OTHERS)
     """Ours: local, ray-1 and ray-2 (encode workers). Others: plain (a script), dataloader (with PyAV), decord (with a
     DataLoader), ray-data."""

@@ -24,17 +24,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.about import about, rotated
+from jobs.bench.about import about, device_name, rotated
 from jobs.bench.config import BenchEncode
 from jobs.bench.encode_report import to_markdown
 from jobs.bench.encode_runs import Job, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
 from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
+from jobs.encode import choose_device
 from pipeline.errors import UsageError
 
 Json = dict[str, Any]
 _LIBRARIES = ("torch", "ray", "av", "decord", "numpy", "zarr", "pyarrow", "pandas", "diffusers")
 _BARE_SHARE = 4  # the bare stages see a quarter of the tars, which are all alike
-_AT_ONCE = "rehearsal:4x8x8x16@1000000000"
+_AT_ONCE = "rehearsal:4x8x8x16@1000000000"  # until a pilot says how fast it sleeps
 
 
 def run_bench_encode(command: BenchEncode) -> int:
@@ -44,11 +45,12 @@ def run_bench_encode(command: BenchEncode) -> int:
     videos = Path(tempfile.gettempdir()) / "latentmill-bench"
     videos.mkdir(exist_ok=True)
     path = command.output / f"encode_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}.json"
-    result: Json = {"about": _about(command), "cases": []}
+    device = choose_device(command.device)
+    result: Json = {"about": _about(command, device), "cases": []}
     with _held_to(command.cores):
         for case in command.cases:
             with tempfile.TemporaryDirectory(prefix="latentmill-bench-encode-") as scratch:
-                result["cases"].append(_case(command, case, videos, Path(scratch)))
+                result["cases"].append(_case(command, case, device, videos, Path(scratch)))
             path.write_text(json.dumps(result, indent=1) + "\n")
             path.with_suffix(".md").write_text(to_markdown(result))
     print(to_markdown(result))
@@ -68,10 +70,12 @@ def _held_to(cores: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _about(command: BenchEncode) -> Json:
+def _about(command: BenchEncode, device: str) -> Json:
     return about(
         "encode",
         _LIBRARIES,
+        device=device_name(device),
+        compute_dtype=command.compute_dtype,
         repetitions=command.repetitions,
         cores=command.cores,
         decode_workers=command.decode_workers,
@@ -80,9 +84,9 @@ def _about(command: BenchEncode) -> Json:
     )
 
 
-def _case(command: BenchEncode, case: str, videos: Path, scratch: Path) -> Json:
+def _case(command: BenchEncode, case: str, device: str, videos: Path, scratch: Path) -> Json:
     """All rounds of one set with one encoder."""
-    job = _sized_job(command, case, videos, scratch)
+    job = _sized_job(command, case, device, videos, scratch)
     quarter = store_with_plan(job, job.tars[: -(-len(job.tars) // _BARE_SHARE)], scratch / "quarter")
     rounds = []
     for number in range(command.repetitions):
@@ -94,7 +98,7 @@ def _case(command: BenchEncode, case: str, videos: Path, scratch: Path) -> Json:
         "about": SETS[set_name].about,
         "encoder": encoder,
         "source": job.encoder if encoder in SLEEPING else "",
-        "sleeps": encoder in SLEEPING,
+        "runs_on": "nothing" if encoder in SLEEPING else job.device,
         "clips": job.clips,
         "good_clips": job.good_clips,
         "rounds": rounds,
@@ -104,8 +108,7 @@ def _case(command: BenchEncode, case: str, videos: Path, scratch: Path) -> Json:
 def _measured(command: BenchEncode, job: Job, name: str, quarter: Path) -> Json:
     """One contender, or the bare stages, once."""
     if name == "bare":
-        sleeps = job.encoder.startswith("rehearsal:")
-        stages = bare_stages(job, quarter, _AT_ONCE if sleeps else job.encoder, command.cores)
+        stages = bare_stages(job, quarter, command.cores)
         cell = {**stages, "encoder_seconds": bare_encoder(job, quarter)}
         told = f"{1 / cell['encoder_seconds']:.1f} clips/s of the encoder alone"
     else:
@@ -115,7 +118,7 @@ def _measured(command: BenchEncode, job: Job, name: str, quarter: Path) -> Json:
     return cell
 
 
-def _sized_job(command: BenchEncode, case: str, videos: Path, scratch: Path) -> Job:
+def _sized_job(command: BenchEncode, case: str, device: str, videos: Path, scratch: Path) -> Job:
     """The job whose clips keep all cores, or the encoder, busy for `seconds_per_set`."""
     set_name, _, encoder = case.partition(":")
     chosen = SETS[set_name]
@@ -124,22 +127,26 @@ def _sized_job(command: BenchEncode, case: str, videos: Path, scratch: Path) -> 
         name=case,
         scratch=scratch,
         tars=tuple(write_tars(set_name, videos, scratch / "pilot-tars", 1)),
-        flags=(*chosen.flags, "--batch-size", str(chosen.batch_size)),
+        flags=(*chosen.flags, "--batch-size", str(chosen.batch_size), "--compute-dtype", command.compute_dtype),
         batch_size=chosen.batch_size,
         encoder=source,
+        device="cpu" if encoder in SLEEPING else device,
+        compute_dtype=command.compute_dtype,
         decode_workers=command.decode_workers,
         encode_threads=command.encode_threads,
         limit_seconds=300 + 30 * command.seconds_per_set,
     )
     pilot = store_with_plan(job, job.tars, scratch / "pilot")
     samples, clips, megapixels = samples_of(pilot)
-    cost = bare_stages(job, pilot, source, command.cores)
+    cost = bare_stages(job, pilot, command.cores)
     # Not the write: it goes by the unit, and a pilot's units are small.
     seconds = (cost["decode_cpu_seconds"] + cost["encode_cpu_seconds"]) / command.cores
     if encoder in SLEEPING:
         encode_seconds = cost["decode_cpu_seconds"] / command.cores / SLEEPING[encoder]
         source = f"rehearsal:4x8x8x16@{megapixels / clips / encode_seconds:.3f}"
         seconds = max(seconds, encode_seconds)
+    elif not job.computes_on_cpu:
+        seconds = max(seconds, bare_encoder(job, pilot))
     num_tars = max(2, math.ceil(command.seconds_per_set / seconds / clips))
     return dataclasses.replace(
         job,

@@ -1,6 +1,7 @@
 """The stages of the job alone, one after another in one process: what no engine can do without.
 
-In:   a JSON file: {"what": "stages" or "encoder", "store": indexed and planned, "encoder", "encode_threads", "output"}.
+In:   a JSON file: {"what": "stages" or "encoder", "store": indexed and planned, "encoder": null for one that takes no
+      time, "device", "encode_threads", "output"}.
 Out:  JSON on stdout: clips, and seconds per stage; see `stages` and `encoder_alone`.
 Cost: what is measured.
 Errors: those of the pipeline.
@@ -108,7 +109,8 @@ def _random_clips(unit: Unit, batch_size: int) -> torch.Tensor:
 def encoder_alone(plan: Plan, encoder: VideoEncoder) -> Json:
     """The encoder on clips that are in memory: {"clips", "seconds"}."""
     seconds, num_clips = 0.0, 0
-    encoder.encode(_random_clips(next(plan.units()), 1))
+    first = next(plan.units())
+    encoder.encode(_random_clips(first, plan.recipe.batch_size(first.bucket)))
     for unit in plan.units():
         batch_size, left = plan.recipe.batch_size(unit.bucket), plan.num_rows(unit)
         batch = _random_clips(unit, batch_size)
@@ -120,6 +122,13 @@ def encoder_alone(plan: Plan, encoder: VideoEncoder) -> Json:
     return {"clips": num_clips, "seconds": seconds}
 
 
+def _at_once(plan: Plan) -> str:
+    """An encoder of the plan's geometry that takes no time."""
+    geometry = plan.recipe.encoder.geometry
+    side = geometry.spatial_stride
+    return f"rehearsal:{geometry.temporal_stride}x{side}x{side}x{geometry.channels}@1000000000"
+
+
 def main() -> None:
     """Measure once."""
     reply = os.fdopen(os.dup(1), "w")
@@ -128,7 +137,7 @@ def main() -> None:
     torch.set_num_threads(spec["encode_threads"])
     storage = open_storage(spec["store"])
     plan = load_plan(storage, open_header(storage).recipe)
-    encoder = open_encoder(spec["encoder"])
+    encoder = open_encoder(spec["encoder"] or _at_once(plan), spec["device"], plan.recipe.encode.compute_dtype)
     alone = spec["what"] == "encoder"
     result = encoder_alone(plan, encoder) if alone else stages(storage, Path(spec["output"]), plan, encoder)
     print(json.dumps(result), file=reply, flush=True)

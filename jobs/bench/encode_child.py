@@ -1,7 +1,7 @@
 """What people run today, each in a process of its own: scripts that decode, encode and save the same clips as a plan.
 
-In:   a JSON file: {"contender", "encoder", "decode_workers", "encode_threads", "batch_size", "shards", "samples",
-      "output"}; see Work.
+In:   a JSON file: {"contender", "encoder", "device", "compute_dtype", "decode_workers", "encode_threads", "batch_size",
+      "shards", "samples", "output"}; see Work.
 Out:  latents in the output directory; JSON on stdout, of the monotonic clock: {"ready": when the encoder was loaded and
       the first decode began, whichever came later, "done": when the last latent was written}.
 Cost: what is measured.
@@ -127,7 +127,8 @@ class Batcher:
 
     def __init__(self, spec: Json, save: Callable[[str, torch.Tensor], None]) -> None:
         torch.set_num_threads(spec["encode_threads"])
-        self._encoder, self._batch_size, self._save = open_encoder(spec["encoder"]), spec["batch_size"], save
+        self._encoder = open_encoder(spec["encoder"], spec["device"], spec["compute_dtype"])
+        self._batch_size, self._save = spec["batch_size"], save
         self._waiting: dict[tuple[int, ...], list[tuple[str, np.ndarray]]] = defaultdict(list)
 
     def add(self, name: str, clip: np.ndarray) -> None:
@@ -265,6 +266,7 @@ def run_ray_data(spec: Json, works: Sequence[Work]) -> float:
             batch_size=spec["batch_size"],
             compute=ray.data.ActorPoolStrategy(size=1),
             num_cpus=spec["encode_threads"],
+            num_gpus=1 if spec["device"] == "cuda" else 0,
         )
         .write_parquet(spec["output"])
     )

@@ -43,15 +43,16 @@ def _head(about: Json) -> Iterator[str]:
     yield f"- versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
     yield f"- every contender, in its turn: {about['cores']} cores, {about['decode_workers']} decode processes (the"
     yield f"  plain script has none, but FFmpeg's threads), {about['encode_threads']} threads of the encoder in all,"
-    yield "  float32, the same batch size"
+    yield f"  {about['compute_dtype']}, the same batch size; encoders that compute run on {about['device']}"
     yield f"- medians of {about['repetitions']} rounds in rotating order, in brackets the least and the most; ratios"
     yield "  are taken within a round"
     yield "- seconds run from the encoder loaded and the first decode begun to the last latent written; start and end"
     yield "  are what comes before and after (imports, Ray, loading the encoder, the end of processes). Ours indexes"
     yield "  the tars before, told apart, and starts its decode processes in its seconds; the others are given what"
     yield "  they need of that index, offsets and windows"
-    yield "- encoder alone: one call at a time, on clips in memory. Bound: the longer of its sleep per encode worker,"
-    yield "  and the CPU seconds of our decode, encode and write (one copy of them per core at once) over the cores"
+    yield "- encoder alone: one call at a time, on clips in memory. Bound: the CPU seconds of our decode, encode and"
+    yield "  write (one copy of them per core at once) over the cores or, where it is longer and the encoder sleeps or"
+    yield "  has a GPU, the encoder alone per encode worker"
     yield ""
 
 
@@ -73,8 +74,8 @@ def bound_seconds(case: Json, turn: Json, name: str, cores: int) -> float:
     """What no engine can beat with these stages."""
     bare = turn["bare"]
     cpu = sum(bare[f"{stage}_cpu_seconds"] for stage in ("decode", "encode", "write")) / cores
-    asleep = bare["encoder_seconds"] / (2 if name == "ray-2" else 1) if case["sleeps"] else 0.0
-    return float(case["clips"] * max(cpu, asleep))
+    beside = bare["encoder_seconds"] / (2 if name == "ray-2" else 1) if case["runs_on"] != "cpu" else 0.0
+    return float(case["clips"] * max(cpu, beside))
 
 
 def _spread(case: Json, ratio: Callable[[Json], float | None]) -> Spread | None:
@@ -132,7 +133,7 @@ def goals(cases: Sequence[Json], cores: int) -> list[Goal]:
     """The worst row counts; a goal whose rows were not run is left out."""
     by_name = {f"{case['set']}:{case['encoder']}": case for case in cases}
     short, long = ([by_name[name]] if name in by_name else [] for name in ("short:balanced", "long:balanced"))
-    real = [case for case in cases if not case["sleeps"]]
+    real, on_gpu = ([case for case in cases if case["runs_on"] == device] for device in ("cpu", "cuda"))
     encode_bound = [case for case in cases if case["encoder"] == "encode-bound"]
     wanted = [
         (Goal.at_most, "seconds / work-conserving bound", 1.10, _rows(cases, lambda c, n: over_bound(c, n, cores))),
@@ -152,6 +153,7 @@ def goals(cases: Sequence[Json], cores: int) -> list[Goal]:
             0.98,
             _rows(real, _of_what_decode_leaves),
         ),
+        (Goal.at_least, "GPU: share of the encoder alone", 0.95, _rows(on_gpu, of_bare)),
         (Goal.at_least, "ours / any other", 1.0, [against(case, name) for case in cases for name in OTHERS]),
     ]
     found = [(make, name, goal, [row for row in rows if row is not None]) for make, name, goal, rows in wanted]
@@ -187,7 +189,8 @@ def _table(case: Json, cores: int) -> Iterator[str]:
     source = f", `{case['source']}`" if case["source"] else ""
     yield f"## {case['set']}: {case['about']}"
     yield ""
-    kind = "sleeps, uses no CPU" if case["sleeps"] else "computes on the CPU, random weights"
+    runs_on = case["runs_on"]
+    kind = "sleeps, uses no CPU" if runs_on == "nothing" else f"computes on {runs_on}, random weights"
     yield f"Encoder: **{case['encoder']}** ({kind}){source}. {case['clips']} clips, {case['good_clips']} of them good."
     yield _bare_line(case, cores)
     yield ""
@@ -206,10 +209,13 @@ def _bare_line(case: Json, cores: int) -> str:
     bare = {key: statistics.median(turn["bare"][key] for turn in case["rounds"]) for key in case["rounds"][0]["bare"]}
     stages = ", ".join(f"{stage} {1e3 * bare[f'{stage}_cpu_seconds']:.2f}" for stage in ("decode", "encode", "write"))
     bound = statistics.median(bound_seconds(case, turn, "local", cores) for turn in case["rounds"])
-    return (
+    line = (
         f"Bare stages, CPU ms per clip: {stages}; encoder alone {1 / bare['encoder_seconds']:.1f} clips/s; "
         f"bound with one encoder {bound:.1f} s."
     )
+    if case["runs_on"] == "cpu":
+        return line
+    return f"{line} {bare['decode_cpu_seconds'] / bare['encoder_seconds']:.1f} cores decode as fast as it encodes."
 
 
 def _row(case: Json, name: str, cores: int) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 from jobs.bench.config import OURS
 from jobs.bench.processes import Watched, watch
+from jobs.rehearsal import is_rehearsal
 from pipeline.account import take_account
 from pipeline.heap import HEAP_ENVIRONMENT
 from pipeline.index import list_fragments, read_fragment
@@ -48,12 +49,19 @@ class Job:
     flags: tuple[str, ...]
     batch_size: int
     encoder: str
+    device: str
+    compute_dtype: str
     decode_workers: int
     encode_threads: int
     limit_seconds: float
     samples: tuple[Json, ...] = ()
     clips: int = 0
     good_clips: int = 0
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether the encoder shares the cores with everything else."""
+        return self.device == "cpu" and not is_rehearsal(self.encoder)
 
 
 def store_with_plan(job: Job, tars: Sequence[Path], store: Path) -> Path:
@@ -107,8 +115,12 @@ def _broken_sample(sample: Any, like: Json) -> Json:
 # the bare stages
 
 
-def bare_stages(job: Job, store: Path, encoder: str, copies: int) -> Json:
-    """CPU seconds per clip of decode, encode and write, with one copy per core at the same time, as in a job."""
+def bare_stages(job: Job, store: Path, copies: int) -> Json:
+    """CPU seconds per clip of decode, encode and write, with one copy per core at the same time, as in a job.
+
+    An encoder that leaves the CPU alone is replaced by one that takes no time.
+    """
+    encoder = job.encoder if job.computes_on_cpu else None
     outputs = [job.scratch / f"bare-{number}" for number in range(copies)]
     with ThreadPoolExecutor(copies) as threads:
         found = list(threads.map(lambda output: _bare(job, "stages", store, encoder, 1, output), outputs))
@@ -123,10 +135,17 @@ def bare_encoder(job: Job, store: Path) -> float:
     return float(found["seconds"] / found["clips"])
 
 
-def _bare(job: Job, what: str, store: Path, encoder: str, threads: int, output: Path) -> Json:
+def _bare(job: Job, what: str, store: Path, encoder: str | None, threads: int, output: Path) -> Json:
     output.mkdir()
     path = output / "spec.json"
-    spec = {"what": what, "store": str(store), "encoder": encoder, "encode_threads": threads, "output": str(output)}
+    spec = {
+        "what": what,
+        "store": str(store),
+        "encoder": encoder,
+        "device": job.device,
+        "encode_threads": threads,
+        "output": str(output),
+    }
     path.write_text(json.dumps(spec))
     try:
         environment = [f"{name}={value}" for name, value in HEAP_ENVIRONMENT.items()]  # at their best
@@ -161,6 +180,7 @@ def _run_ours(job: Job, name: str, store: Path) -> Json:
         commands = [_index(job, job.tars, store), commands[0]]  # in a process of its own, to tell it from Ray's start
     commands[-1] += ["--store", str(store), "--encoder", job.encoder, *job.flags, *workers]
     commands[-1] += ["--decode-workers", str(job.decode_workers), "--encode-threads", str(threads)]
+    commands[-1] += ["--device", job.device]
     watched = []
     for command in commands:
         watched.append(watch(command, job.limit_seconds))
@@ -201,6 +221,8 @@ def _run_other(job: Job, name: str, directory: Path) -> Json:
     spec = {
         "contender": name,
         "encoder": job.encoder,
+        "device": job.device,
+        "compute_dtype": job.compute_dtype,
         "decode_workers": job.decode_workers,
         "encode_threads": job.encode_threads,
         "batch_size": job.batch_size,

@@ -9,6 +9,7 @@ Errors: KeyError for a name that is not here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from jobs.bench.config import BASE_PRESETS, RELEASED
 from jobs.bench.videos import long_video, texture_video
 
 Members = Iterator[tuple[str, bytes]]
@@ -99,6 +101,9 @@ def _huge(videos: Path) -> Members:
 SETS: Mapping[str, BenchSet] = MappingProxyType(
     {
         "short": BenchSet("360p clips of exactly the wanted 17 frames", _short, ("--frames", "17", *_SQUARE), 32),
+        "short-256": BenchSet(
+            "360p clips of exactly 17 frames, at 256x256", _short, ("--frames", "17", "--sizes", "256x256"), 32
+        ),
         "long": BenchSet(
             "two minutes of 720p each, of which four windows of 17 frames are wanted",
             _long,
@@ -127,8 +132,8 @@ SETS: Mapping[str, BenchSet] = MappingProxyType(
 )
 
 
-def save_tiny_vae(directory: Path) -> str:
-    """Our smallest preset with random weights."""
+def save_preset(directory: Path, name: str = "tiny-4x8x8x16") -> str:
+    """A preset of ours with random weights; by default the smallest."""
     import torch
 
     from models.autoencoder import CausalAutoencoder
@@ -137,8 +142,9 @@ def save_tiny_vae(directory: Path) -> str:
     from models.spec import Normaliser
 
     torch.manual_seed(0)
-    model = CausalAutoencoder(ModelConfig(preset("tiny-4x8x8x16"))).eval()
-    save_checkpoint(directory, model, Normaliser((0.0,) * 16, (1.0,) * 16))
+    model = CausalAutoencoder(ModelConfig(preset(name))).eval()
+    channels = model.config.geometry.channels
+    save_checkpoint(directory, model, Normaliser((0.0,) * channels, (1.0,) * channels))
     return str(directory)
 
 
@@ -153,7 +159,27 @@ def save_narrow_wan(directory: Path) -> str:
     return str(directory)
 
 
+def save_released(directory: Path, name: str) -> str:
+    """A released model's config with random weights."""
+    import diffusers
+    import torch
+
+    from models.pretrained import real_configs
+
+    torch.manual_seed(0)
+    class_name, arguments = real_configs()[name]
+    getattr(diffusers, class_name)(**arguments).save_pretrained(directory)
+    return str(directory)
+
+
 SLEEPING: Mapping[str, float] = MappingProxyType({"balanced": 1.0, "decode-bound": 3.0, "encode-bound": 1 / 3})
 """Rehearsal encoders: how many times as fast as all cores decode."""
-REAL: Mapping[str, Callable[[Path], str]] = MappingProxyType({"tiny-vae": save_tiny_vae, "wan-2.1": save_narrow_wan})
+REAL: Mapping[str, Callable[[Path], str]] = MappingProxyType(
+    {
+        "tiny-vae": save_preset,
+        "wan-2.1": save_narrow_wan,
+        **{name: functools.partial(save_preset, name=name) for name in BASE_PRESETS},
+        **{name: functools.partial(save_released, name=name.removesuffix("-full")) for name in RELEASED},
+    }
+)
 """Encoders that compute."""

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.bench.about import about
+from jobs.bench.about import about, device_name
 from jobs.bench.config import BenchModel
 from jobs.encode import choose_device
 from models.config import PRESETS
@@ -102,7 +102,7 @@ def _about(command: BenchModel, device: str) -> Json:
         threads=command.threads,
         clip=f"{command.frames}x{command.size}x{command.size} (or the nearest on a model's grid)",
     )
-    return {**told, "hardware": f"{told['hardware']}; on {device}"}
+    return {**told, "hardware": f"{told['hardware']}; on {device_name(device)}"}
 
 
 def to_markdown(result: Json) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.bench.config import TINY_VAE, BenchScale
-from jobs.bench.encode_sets import save_tiny_vae
+from jobs.bench.encode_sets import save_preset
 from jobs.bench.processes import Watched, watch
 from jobs.bench.scale_memory import MemoryWatch
 from jobs.bench.videos import long_video, texture_video
@@ -66,7 +66,7 @@ class Bench:
         if is_rehearsal(encoder):
             return encoder
         directory = self.scratch / TINY_VAE
-        return str(directory) if directory.exists() else save_tiny_vae(directory)
+        return str(directory) if directory.exists() else save_preset(directory)
 
     def tars(self, name: str, video: Path, count: int) -> list[Path]:
         """`count` samples of the same video, in tars of at most 100: one file under many names."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from jobs.__main__ import main
-from jobs.bench.config import OTHERS, OURS, BenchEncode
+from jobs.bench.config import ENCODE_ENCODERS, ENCODE_SETS, OTHERS, OURS, BenchEncode
 from jobs.bench.encode import _held_to
 from jobs.bench.encode_bare import encoder_alone, stages
 from jobs.bench.encode_child import CONTENDERS, Batcher, Work, decode_decord, decode_pyav
@@ -60,14 +60,14 @@ def case(*rounds: dict[str, Any], encoder: str = "balanced", **more: Any) -> dic
         "about": "clips",
         "encoder": encoder,
         "source": ENCODER if sleeps else "",
-        "sleeps": sleeps,
+        "runs_on": "nothing" if sleeps else "cpu",
     }
     return {**about, "clips": 100, "good_clips": 100, "rounds": list(rounds), **more}
 
 
 ABOUT = {
     "command": "c", "date": "d", "commit": "abc", "hardware": "h", "versions": {"av": "18"}, "repetitions": 1,
-    "cores": 2, "decode_workers": 2, "encode_threads": 2,
+    "cores": 2, "decode_workers": 2, "encode_threads": 2, "device": "cpu", "compute_dtype": "float32",
 }  # fmt: skip
 
 
@@ -78,6 +78,19 @@ class TestReport:
         assert bound_seconds(case(one), one, "local", 8) == pytest.approx(5.0)  # asleep
         assert bound_seconds(case(one), one, "ray-2", 8) == pytest.approx(2.5)
         assert bound_seconds(case(one, encoder="tiny-vae"), one, "local", 8) == pytest.approx(2.0)  # computes
+
+    def test_an_encoder_on_a_gpu_bounds_a_job_and_is_what_its_speed_is_held_against(self) -> None:
+        one = turn(local=run(seconds=8.2), ray_1=run(seconds=8.5))
+        on_gpu = case(one, encoder="wan-2.1-full", runs_on="cuda")
+        assert bound_seconds(on_gpu, one, "local", 2) == pytest.approx(8.0)
+        assert bound_seconds(on_gpu, one, "local", 8) == pytest.approx(5.0)
+        (goal,) = [goal for goal in goals([on_gpu], 8) if goal.name.startswith("GPU")]
+        assert goal.measured.median == pytest.approx(5 / 8.5)
+        assert not any(goal.name.startswith("real") for goal in goals([on_gpu], 8))
+        page = to_markdown({"about": {**ABOUT, "device": "cuda (H)"}, "cases": [on_gpu]})
+        assert "encoders that compute run on cuda (H)" in page
+        assert "computes on cuda, random weights" in page
+        assert "2.4 cores decode as fast as it encodes." in page
 
     def test_ratios_are_taken_within_rounds_and_a_dead_contender_has_none(self) -> None:
         rounds = [
@@ -145,7 +158,10 @@ class TestScripts:
 
     def test_clips_of_one_shape_go_into_one_call_and_none_is_left(self) -> None:
         saved: dict[str, torch.Tensor] = {}
-        spec = {"encoder": ENCODER, "encode_threads": torch.get_num_threads(), "batch_size": 2}
+        spec = {
+            "encoder": ENCODER, "device": "cpu", "compute_dtype": "float32", "encode_threads": torch.get_num_threads(),
+            "batch_size": 2,
+        }  # fmt: skip
         batcher = Batcher(spec, saved.__setitem__)
         clips = {name: np.full((frames, 16, 16, 3), 7, np.uint8) for name, frames in (("a", 5), ("b", 1), ("c", 5))}
         for number, (name, clip) in enumerate(clips.items()):
@@ -172,7 +188,9 @@ def job(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Job:
     chosen = SETS["broken"]
     tars = tuple(write_tars("broken", videos, scratch / "tars", 2))
     flags = (*chosen.flags, "--batch-size", "4")
-    job = Job("broken:x", scratch, tars, flags, 4, ENCODER, 2, 1, 200.0, good_clips=2 * chosen.good_clips)
+    job = Job(
+        "broken:x", scratch, tars, flags, 4, ENCODER, "cpu", "float32", 2, 1, 200.0, good_clips=2 * chosen.good_clips
+    )
     store = scratch / "pilot"
     for command in (["index", str(tars[0]), "--local"], ["plan", "--encoder", ENCODER, *flags]):
         assert main([*command, "--store", str(store)]) == 0
@@ -231,9 +249,8 @@ def test_the_sets_hold_the_clips_that_they_promise(tmp_path: Path, videos: Path)
         names = tar.getnames()
     assert len(names) == SETS["mixed"].good_clips == 36
     assert {name.partition(".")[2] for name in names} == {"mp4", "jpg"}
-    known = {case.partition(":")[::2] for case in BenchEncode().cases}
-    assert {name for name, _ in known} == set(SETS)
-    assert {encoder for _, encoder in known} == {*SLEEPING, *REAL}
+    assert set(ENCODE_SETS) == set(SETS)
+    assert set(ENCODE_ENCODERS) == {*SLEEPING, *REAL}
 
 
 def test_damage_in_the_broken_set_is_in_the_first_clip(tmp_path: Path, videos: Path) -> None:

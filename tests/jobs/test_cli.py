@@ -92,7 +92,7 @@ FLAGS = {
     },
     "bench encode": {
         "config", "output", "hardware", "cases", "contenders", "seconds-per-set", "repetitions", "cores",
-        "decode-workers", "encode-threads",
+        "decode-workers", "encode-threads", "device", "compute-dtype",
     },
     "bench model": {
         "config", "output", "hardware", "models", "device", "dtypes", "compile", "no-compile", "frames", "size",
