@@ -9,6 +9,7 @@ Errors: JobError of every kind; Interrupted on Ctrl-C or SIGTERM, with exit code
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import signal
 import sys
@@ -22,8 +23,8 @@ from jobs.prepare import decode_limits, describe_encoder, index_shards, make_pla
 from jobs.progress import Reporter
 from jobs.start_times import StartTimes
 from jobs.store_config import Encode
-from pipeline.account import Account, close_books, take_account, units_left
-from pipeline.controller import Controller, Policy
+from pipeline.account import Account, close_books, open_books, take_account, units_left
+from pipeline.controller import Controller, Policy, judge_failures
 from pipeline.decode.pool import ProcessPool
 from pipeline.engine import Engine, Interrupted, run
 from pipeline.errors import LatentmillError, UsageError
@@ -59,8 +60,10 @@ def run_encode(command: Encode) -> int:
         if not before.is_complete:
             start_times.reach("plan")
             _encode_units(storage, plan, source, command, before, pool, start_times)
+    account = take_account(storage, plan, max_failures=10)
+    print("\n".join(account.lines()))
+    judge_failures(account.clips_done, account.clips_failed, command.limits.max_failed_share)
     close_books(storage, plan)
-    print("\n".join(take_account(storage, plan, max_failures=10).lines()))
     print(f"store: {storage.url}")
     return 0
 
@@ -84,22 +87,25 @@ def _encode_units(
     pool: ProcessPool | None,
     start_times: StartTimes,
 ) -> None:
-    flags, num_units = command.engine, before.units - before.units_done
+    num_units = before.units - before.units_done
+    flags = dataclasses.replace(command.engine, workers=min(command.engine.workers, num_units))
     policy = Policy(units_in_flight=flags.units_in_flight, max_failed_share=command.limits.max_failed_share)
-    controller = Controller(units_left(storage, plan), policy)
-    with _stop_on_signals() as stop, _engine(storage, plan, source, flags, pool) as engine:
+    controller = Controller(units_left(storage, plan), policy, before.clips_done, before.clips_failed)
+    open_books(storage)
+    with _stop_on_signals() as stop, _engine(storage, plan, source, flags, pool) as (engine, device):
         start_times.reach("encoder" if flags.local else "cluster")
-        reporter = Reporter(storage, flags, controller, before.clips_left, num_units, start_times)
-        outcome = "done"
+        reporter = Reporter(storage, command.engine, device, controller, before.clips_left, num_units, start_times)
+        outcome = "crashed"
         try:
             run(
                 controller,
                 engine,
-                num_workers=min(flags.workers, num_units),
+                num_workers=flags.workers,
                 unit_timeout_seconds=flags.unit_timeout_seconds,
                 stop=stop.event,
                 on_tick=reporter.tick,
             )
+            outcome = "done"
         except LatentmillError as error:
             outcome = f"stopped by {type(error).__name__}"
             if isinstance(error, Interrupted):
@@ -112,35 +118,49 @@ def _encode_units(
 @contextlib.contextmanager
 def _engine(
     storage: Storage, plan: Plan, source: str, flags: EngineFlags, pool: ProcessPool | None
-) -> Iterator[Engine]:
-    engine = (
-        _ray_engine(storage, plan, source, flags) if pool is None else _local_engine(storage, plan, source, flags, pool)
-    )
+) -> Iterator[tuple[Engine, str]]:
+    """The engine, and the device of its encoders."""
+    device = choose_device(flags.device) if flags.local else _cluster_device(flags)
+    is_fallback = flags.device == "auto" and device == "cpu"
+    hint = " (--device auto found no GPU; --device cuda insists on one)" if is_fallback else ""
+    print(f"encode: the encoder runs on {device}{hint}", file=sys.stderr)
+    if pool is None:
+        engine = _ray_engine(storage, plan, source, flags, device)
+    else:
+        engine = _local_engine(storage, plan, source, flags, device, pool)
     try:
-        yield engine
+        yield engine, device
     finally:
         engine.close()
 
 
-def _local_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags, pool: ProcessPool) -> Engine:
+def _cluster_device(flags: EngineFlags) -> str:
+    """The device that a flag means on the cluster, which is joined for this."""
+    from jobs.ray_cluster import cluster_resource, connect
+
+    connect(flags)
+    if flags.device != "auto":
+        return flags.device
+    return "cuda" if cluster_resource("GPU") else "cpu"
+
+
+def _local_engine(
+    storage: Storage, plan: Plan, source: str, flags: EngineFlags, device: str, pool: ProcessPool
+) -> Engine:
     import torch
 
     from pipeline.local import LocalEngine
 
     torch.set_num_threads(flags.encode_threads)
     pool.start()  # while the encoder loads
-    encoder = open_encoder(source, choose_device(flags.device), plan.recipe.encode.compute_dtype)
+    encoder = open_encoder(source, device, plan.recipe.encode.compute_dtype)
     return LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE, flags.encode_threads)
 
 
-def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags) -> Engine:
-    from jobs.ray_cluster import cluster_nodes, cluster_resource, connect, node_share
+def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags, device: str) -> Engine:
+    from jobs.ray_cluster import cluster_nodes, node_share
     from jobs.ray_engine import RayEngine, WorkerSpec
 
-    connect(flags)
-    device = flags.device
-    if device == "auto":
-        device = "cuda" if cluster_resource("GPU") else "cpu"
     share = node_share(cluster_nodes(), flags, on_gpu=device == "cuda")
     print(f"encode: {share.told(flags)}", file=sys.stderr)
     return RayEngine(

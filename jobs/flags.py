@@ -82,6 +82,11 @@ class ClusterFlags(DecodeFlags):
             raise UsageError("--local runs without Ray: leave out --ray-address")
 
     @property
+    def cluster_address(self) -> str | None:
+        """The cluster to join; None: one is started on this machine."""
+        return self.ray_address or os.environ.get("RAY_ADDRESS")
+
+    @property
     def cluster_cpus(self) -> int:
         """CPUs of a cluster that is started on this machine."""
         return self.decode_processes
@@ -140,8 +145,11 @@ class PlacementFlags(ClusterFlags, abc.ABC):
             raise UsageError("--local runs one worker in this process: leave out --workers")
         if self.local and self.decode_placement != "worker":
             raise UsageError("--local decodes on this machine: leave out --decode-placement")
-        if self.ray_address and self.decode_placement == "cluster" and self.decode_workers:
-            raise UsageError("with --decode-placement cluster the cluster's CPUs decode: leave out --decode-workers")
+        if self.cluster_address and self.decode_placement == "cluster" and self.decode_workers:
+            raise UsageError(
+                f"with --decode-placement cluster the CPUs of the cluster {self.cluster_address} decode: "
+                "leave out --decode-workers"
+            )
 
     @abc.abstractmethod
     def worker_cpus(self, *, on_gpu: bool) -> int:

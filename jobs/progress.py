@@ -1,7 +1,7 @@
 """What a running job says: a line now and then, and a run log that holds what the store itself must not.
 
-In:   the controller's Progress.
-Out:  lines on stderr; `runs/<start>-<id>.json` in the store: host, versions, flags, rates, failures.
+In:   the controller's Progress, and the events of its workers.
+Out:  lines on stderr; `runs/<start>-<id>.json` in the store: host, device, versions, flags, rates, failures.
 Cost: nothing that counts.
 Errors: none of its own.
 """
@@ -40,19 +40,20 @@ class Reporter:
         self,
         storage: Storage,
         flags: EngineFlags,
+        device: str,
         controller: Controller,
         clips_left: int,
         units_left: int,
         start_times: StartTimes,
     ) -> None:
-        self._storage, self._flags, self._controller = storage, flags, controller
+        self._storage, self._flags, self._device, self._controller = storage, flags, device, controller
         self._start_times = start_times
         self._clips_left, self._units_left = clips_left, units_left
         self._start = dt.datetime.now(dt.UTC)
-        self._started = self._printed = time.monotonic()
+        self._started = self._printed = self._none_ready_since = time.monotonic()
         self._first_unit: UnitReport | None = None
         self._first_unit_seconds: float | None = None
-        self._ready = False
+        self._ready: set[str] = set()
         self._name = f"runs/{self._start:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}.json"
 
     def tick(self, events: Sequence[Event]) -> None:
@@ -60,17 +61,20 @@ class Reporter:
         now, progress = time.monotonic(), self._controller.progress
         for event in events:
             if isinstance(event, WorkerReady):
-                self._ready = True
+                self._ready.add(event.worker)
                 self._start_times.reach("worker")
                 _say(f"worker {event.worker} is ready after {format_seconds(now - self._started)}")
             elif isinstance(event, WorkerLost):
+                self._ready.discard(event.worker)
                 _say(f"worker {event.worker} died, another takes its units: {event.cause}")
             elif isinstance(event, UnitDone) and self._first_unit is None:
                 self._first_unit, self._first_unit_seconds = event.report, now - self._started
                 self._start_times.reach("first unit")
-        if not self._ready and now - self._printed >= _PATIENCE_SECONDS:
-            self._printed = now
-            _say("no worker is ready yet: does the cluster have the CPUs and GPUs for one? (`ray status`)")
+        if self._ready:
+            self._none_ready_since = now
+        elif now - self._none_ready_since >= _PATIENCE_SECONDS:
+            self._none_ready_since = now
+            _say("no worker is ready: does the cluster have the CPUs and GPUs for one? (`ray status`)")
         if now - self._printed >= self._flags.progress_seconds and progress.units:
             self._printed = now
             _say(self._line(progress, now - self._started))
@@ -97,7 +101,7 @@ class Reporter:
             _say(first_unit_line(self._start_times, self._first_unit))
             for line in time_lines(progress):
                 _say(line)
-            _say(advice(progress, self._flags.workers))
+            _say(advice(progress, min(self._flags.workers, self._units_left)))
         self._storage.put(self._name, json.dumps(self._log(outcome, seconds, places), indent=2).encode())
 
     def _log(self, outcome: str, seconds: float, places: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +115,7 @@ class Reporter:
             "host": socket.gethostname(),
             "python": platform.python_version(),
             "machine": platform.machine(),
+            "device": self._device,
             "versions": library_versions(),
             "flags": dataclasses.asdict(self._flags),
             "workers": places,
@@ -153,6 +158,8 @@ def time_lines(progress: Progress) -> tuple[str, str]:
 
 def advice(progress: Progress, workers: int) -> str:
     """What would make this job faster, in one line. Pure."""
+    if not progress.encode_seconds:
+        return "nothing was encoded, so nothing is known of its speed; `latentmill status` says what failed"
     idle = 1 - progress.busy_share
     if idle < _BUSY_ENOUGH:
         return f"encode-bound: the encoders were busy {progress.busy_share:.0%} of the time; more of them would help"

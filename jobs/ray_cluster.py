@@ -3,14 +3,13 @@
 In:   the flags of a job; the nodes' CPUs and GPUs.
 Out:  this process as a driver; the CPUs and the decode processes of a worker.
 Cost: starting a cluster on this machine takes 8 to 17 s.
-Errors: JobError for a cluster that cannot be reached.
+Errors: JobError for a cluster that cannot be reached, or whose workers would leave no CPU to decode with.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ def connect(flags: ClusterFlags) -> None:
     """Join a cluster, or start one on this machine that is large enough for the flags."""
     if ray.is_initialized():
         return
-    address = flags.ray_address or os.environ.get("RAY_ADDRESS")
+    address = flags.cluster_address
     # Of workers, too: without a dashboard Ray Train warns every second that it cannot ask it.
     own: dict[str, Any] = {"logging_config": ray.LoggingConfig(log_level="ERROR")}
     if not address:
@@ -73,6 +72,9 @@ def node_share(nodes: Sequence[Node], flags: PlacementFlags, *, on_gpu: bool) ->
     """The largest share with which all workers find room, within --decode-workers per node. Pure.
 
     Where too few find any, nodes may still come (autoscaling), of a size that nobody knows: then tasks decode.
+
+    Raises:
+        JobError: tasks are to decode, and the workers take every CPU: Ray would wait without a word.
     """
     worker_cpus = flags.worker_cpus(on_gpu=on_gpu)
 
@@ -86,11 +88,22 @@ def node_share(nodes: Sequence[Node], flags: PlacementFlags, *, on_gpu: bool) ->
         return workers
 
     workers = min(flags.workers, sum(room(node, 0) for node in nodes))
-    if flags.decode_placement == "cluster" or workers < flags.least_workers:
+    if workers < flags.least_workers:
+        return NodeShare(worker_cpus, None)
+    if flags.decode_placement == "cluster":
+        _require_decode_cpu(sum(int(node.cpus) for node in nodes), workers, worker_cpus)
         return NodeShare(worker_cpus, None)
     most = int(max(node.cpus for node in nodes))
     beside = next(number for number in range(most, -1, -1) if sum(room(node, number) for node in nodes) >= workers)
     return NodeShare(worker_cpus + beside, max(1, beside))
+
+
+def _require_decode_cpu(cpus: int, workers: int, worker_cpus: int) -> None:
+    if cpus <= workers * worker_cpus:
+        raise JobError(
+            f"the cluster has {cpus} CPUs, and {workers} workers with {worker_cpus} each leave none for "
+            "--decode-placement cluster to decode with: lower --workers, add nodes, or use --decode-placement worker"
+        )
 
 
 def cluster_nodes() -> list[Node]:

@@ -3,7 +3,7 @@
 In:   the flags of a job; a store that holds plan and header.
 Out:  the events of pipeline.engine.
 Cost: a unit costs the driver two small messages.
-Errors: JobError for a worker that cannot be set up; losses of workers are events.
+Errors: JobError for a worker that cannot be set up or started; losses of workers are events.
 
 Ray retries nothing: the controller decides about units and workers.
 """
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from jobs.flags import EngineFlags
 from jobs.ray_cluster import NodeShare
@@ -39,6 +39,8 @@ from pipeline.unit_job import UnitReport
 
 if TYPE_CHECKING:
     from pipeline.worker import EncodeWorker  # needs torch, which the driver does without
+
+_CAUSE_CHARACTERS = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,9 @@ class RayEngine:
             max_task_retries=0,
         )(EncodeActor)
         self._concurrency = flags.units_in_flight + 2
+        self._unit_timeout_seconds = flags.unit_timeout_seconds
         self._actors: dict[str, Any] = {}
+        self._killed: set[str] = set()  # those of them that hung
         self._places: dict[str, dict[str, Any]] = {}
         self._pending: dict[Any, tuple[str, Unit | None]] = {}
         self._completed: queue.SimpleQueue[Any] = queue.SimpleQueue()  # references among the pending
@@ -163,25 +167,41 @@ class RayEngine:
             if unit is None or cause is None:
                 raise cause or JobError(f"an encode worker failed: {error}") from error
             return UnitFailed(worker, unit, cause)
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError) as error:
             return self._lose(worker, error)
+        except RayError as error:
+            raise JobError(f"an encode worker cannot run on this cluster: {short_cause(error)}") from error
         if unit is None:
             self._places[worker] = value
             return WorkerReady(worker)
         return UnitDone(worker, value)
 
-    def _lose(self, worker: str, error: RayActorError) -> WorkerLost:
-        del self._actors[worker]
+    def _lose(self, worker: str, error: RayError) -> WorkerLost:
+        ray.kill(self._actors.pop(worker))  # One that cannot be reached may still live.
         place = self._places.pop(worker, {})
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
         gone = bool(place) and place["node"] not in alive
-        cause = str(error).strip().splitlines()[0]
-        return WorkerLost(worker, cause, infrastructure=gone or bool(getattr(error, "preempted", False)))
+        return WorkerLost(worker, self._cause(worker, error), gone or bool(getattr(error, "preempted", False)))
+
+    def _cause(self, worker: str, error: RayError) -> str:
+        if worker not in self._killed:
+            return short_cause(error)
+        self._killed.discard(worker)
+        return f"killed: silent for longer than --unit-timeout-seconds {self._unit_timeout_seconds:g} per unit it held"
 
     def kill_worker(self, worker: str) -> None:
+        self._killed.add(worker)
         ray.kill(self._actors[worker])
 
     def close(self) -> None:
         for actor in self._actors.values():
             ray.kill(actor)
         self._actors.clear()
+
+
+def short_cause(error: RayError) -> str:
+    """Ray's message on one line, without the names of the actor, which say nothing to a user. Pure."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+    text = " ".join(lines)
+    half = _CAUSE_CHARACTERS // 2
+    return text if len(text) <= _CAUSE_CHARACTERS else f"{text[:half]} ... {text[-half:]}"

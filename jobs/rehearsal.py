@@ -101,7 +101,8 @@ class RehearsalEncoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         geometry = self._card.geometry
         side = geometry.spatial_stride
-        colours = latents[:, :3].repeat_interleave(side, dim=3).repeat_interleave(side, dim=4)
+        three = latents[:, :3] if geometry.channels >= 3 else latents.repeat(1, 3, 1, 1, 1)[:, :3]
+        colours = three.repeat_interleave(side, dim=3).repeat_interleave(side, dim=4)
         rest = colours[:, :, 1:].repeat_interleave(geometry.temporal_stride, dim=2)
         import torch
 

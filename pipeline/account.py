@@ -2,7 +2,7 @@
 
 In:   the plan and the ledger.
 Out:  Account; on `close_books`, the dataset `samples/` and the per-channel statistics in the header.
-Cost: one pass over the ledger's fragments, one in memory at a time; closing takes two more.
+Cost: one pass over the ledger's fragments, one in memory at a time; closing takes two more, opening one put.
 Errors: StoreError when the books do not balance or a fragment is damaged.
 """
 
@@ -29,6 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.storage import Storage
 
 _COUNTED = ["status", "reason"]
+_PLAN = "plan"  # of the header's statistics: the generations that they and `samples/` are of
 _TOLD = ["key", "shard", "status", "reason", "detail"]
 
 
@@ -41,6 +42,8 @@ class Account:
     written: int
     filtered: dict[str, int]
     failed: dict[str, int]
+    clips_failed: dict[str, int]
+    """Those of the failed that are clips; the others are samples without one."""
     units: int
     units_done: int
     clips_left: int
@@ -57,6 +60,10 @@ class Account:
     @property
     def is_complete(self) -> bool:
         return self.units_done == self.units
+
+    @property
+    def clips_done(self) -> int:
+        return self.clips - self.clips_left
 
     def lines(self) -> list[str]:
         """The books for people."""
@@ -93,17 +100,20 @@ def take_account(storage: Storage, plan: Plan, max_failures: int = 0) -> Account
         unplaced += num_samples
         if num_samples:
             tally.add(ledger.read_fragment(storage, ledger.unplaced_name(shard), columns).table)
+    failed_samples = Counter(tally.by_reason(FAILED))
     units_done = clips_done = 0
     for _, table in ledger.done_fragments(storage, plan, columns):
         tally.add(table)
         units_done += 1
         clips_done += table.num_rows
+    failed = tally.by_reason(FAILED)
     return Account(
         clips=plan.num_clips,
         samples_without_clip=unplaced,
         written=tally.counts.pop((WRITTEN, ""), 0),
         filtered=tally.by_reason(FILTERED),
-        failed=tally.by_reason(FAILED),
+        failed=failed,
+        clips_failed=dict(Counter(failed) - failed_samples),
         units=sum(1 for _ in plan.units()),
         units_done=units_done,
         clips_left=plan.num_clips - clips_done,
@@ -149,6 +159,18 @@ def _numbers_left(storage: Storage, plan: Plan, bucket: Bucket) -> array[int]:
     return array("q", (unit.number for unit in plan.units([bucket]) if ledger.unit_name(unit) not in present))
 
 
+def open_books(storage: Storage) -> None:
+    """To be called before a unit is encoded: `close_books` will then write anew what was up to date.
+
+    A plan alone does not tell that: a unit that was deleted may come back with other rows. Until then readers keep
+    what they have.
+    """
+    header = store.open_header(storage)
+    if _PLAN in header.statistics:
+        kept = {name: value for name, value in header.statistics.items() if name != _PLAN}
+        store.write_header(storage, dataclasses.replace(header, statistics=kept))
+
+
 def close_books(storage: Storage, plan: Plan) -> bool:
     """Write `samples/` and the statistics of a complete store; False when they were up to date.
 
@@ -157,14 +179,14 @@ def close_books(storage: Storage, plan: Plan) -> bool:
     """
     header = store.open_header(storage)
     fingerprints = [generation.fingerprint for generation in plan.generations]
-    if header.statistics.get("plan") == fingerprints:
+    if header.statistics.get(_PLAN) == fingerprints:
         return False
     left = next(units_left(storage, plan), None)
     if left is not None:
         raise StoreError(f"{storage.url} is not complete: {left.name} is not encoded yet. Run encode again.")
     statistics = _Statistics(plan.recipe)
     ledger.compact(storage, plan, statistics.add)
-    summary = {**statistics.summary(), "plan": fingerprints}
+    summary = {**statistics.summary(), _PLAN: fingerprints}
     store.write_header(storage, dataclasses.replace(header, statistics=summary))
     return True
 

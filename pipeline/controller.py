@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from pipeline.errors import FailureLimitError, JobError
 from pipeline.plan import Unit
@@ -95,10 +96,21 @@ class Progress:
 
 
 class Controller:
-    """Leases units to workers and keeps score."""
+    """Leases units to workers and keeps score.
 
-    def __init__(self, units: Iterable[Unit], policy: Policy) -> None:
+    `clips_before` and those of them that failed, by reason, are of the units committed before this run: a store is
+    judged whole, however many runs made it.
+    """
+
+    def __init__(
+        self,
+        units: Iterable[Unit],
+        policy: Policy,
+        clips_before: int = 0,
+        failed_before: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self.policy = policy
+        self._clips_before, self._failed_before = clips_before, Counter(failed_before)
         self.progress = Progress()
         self.given_up: dict[Unit, str] = {}
         self._fresh: Iterator[Unit] = iter(units)
@@ -115,7 +127,7 @@ class Controller:
 
         Args:
             worker: its name.
-            reserved: how many workers are still to come. Once all that waits has room with them, a worker that holds
+            reserved: how many workers are soon to come. Once all that waits has room with them, a worker that holds
                 units leaves each of them one, from the first on.
         """
         if not self.has_room(worker):
@@ -140,7 +152,7 @@ class Controller:
         if self._suspects:
             return None  # A suspect waits for this worker to be empty.
         if self.has_units(reserved * self.policy.units_in_flight):
-            reserved = 0  # There is enough for all who may come, and who never comes must hold nothing up.
+            reserved = 0  # There is enough for all who may come.
         elif not self.has_units(reserved):
             return None
         unit = self._waiting[reserved]
@@ -179,7 +191,7 @@ class Controller:
         self._suspicion.pop(report.unit, None)
         self._tries.pop(report.unit, None)
         self.progress.add(report)
-        if self.progress.clips >= self.policy.min_clips_judged:
+        if self._clips_before + self.progress.clips >= self.policy.min_clips_judged:
             self.judge()
 
     def failed(self, worker: str, unit: Unit, error: Exception) -> None:
@@ -238,16 +250,28 @@ class Controller:
         self._in_flight -= 1
 
     def judge(self) -> None:
-        """Compare the failures with what the job allows.
+        """Compare the store's failures with what the job allows.
 
         Raises:
             FailureLimitError: the share is above the limit.
         """
-        progress, limit = self.progress, self.policy.max_failed_share
-        failed = progress.failed.total()
-        if progress.clips and failed / progress.clips > limit:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in progress.failed.most_common(5))
-            raise FailureLimitError(
-                f"{failed} of {progress.clips} clips failed ({failed / progress.clips:.0%}), more than "
-                f"--max-failed-share {limit:g} allows: {reasons}. What is committed stays; see `latentmill status`."
-            )
+        judge_failures(
+            self._clips_before + self.progress.clips,
+            self._failed_before + self.progress.failed,
+            self.policy.max_failed_share,
+        )
+
+
+def judge_failures(clips: int, failed: Mapping[str, int], max_failed_share: float) -> None:
+    """Compare a store's failed clips, by reason, with the share that may fail.
+
+    Raises:
+        FailureLimitError: more failed.
+    """
+    total = sum(failed.values())
+    if clips and total / clips > max_failed_share:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(failed).most_common(5))
+        raise FailureLimitError(
+            f"{total} of {clips} clips failed ({total / clips:.0%}), more than --max-failed-share "
+            f"{max_failed_share:g} allows: {reasons}. What is committed stays; see `latentmill status`."
+        )

@@ -20,6 +20,7 @@ from pipeline.plan import Unit
 from pipeline.unit_job import UnitReport
 
 _TICK_SECONDS = 1.0
+_COMING_SECONDS = 60.0  # a worker that takes longer to start may never come: too small a cluster
 _GIVEN_UP_TOLD = 20
 
 
@@ -108,6 +109,7 @@ class _Run:
         self.controller, self.engine, self.clock = controller, engine, clock
         self.num_workers, self.unit_timeout_seconds = num_workers, unit_timeout_seconds
         self.starting: set[str] = set()
+        self.coming: dict[str, float] = {}  # those starting that were started lately, and when
         self.ready: set[str] = set()
         self.empty: set[str] = set()  # those ready that hold no unit
         self.hungry: set[str] = set()  # those ready that hold units, and may hold another
@@ -116,20 +118,29 @@ class _Run:
 
     def repair(self) -> None:
         while len(self.starting) + len(self.ready) < self.num_workers:
-            self.starting.add(self.engine.start_worker())
+            worker = self.engine.start_worker()
+            self.starting.add(worker)
+            self.coming[worker] = self.clock()
 
     def feed(self) -> None:
         """Lease units: first to workers that hold none, then ahead, by turns: of the last few, no worker gets all.
 
-        Each worker that is still starting will hold none: of the last units, as many, the longest, are kept for them.
+        Each worker that was started lately will hold none: of the last units, as many, the longest, are kept for them.
         """
         if self.empty and self.controller.has_units():
             for worker in sorted(self.empty):
                 self._feed_one(worker)
-        reserved = len(self.starting)
+        reserved = self._num_coming()
         turn = sorted(self.hungry) if self.hungry and self.controller.has_units(reserved) else []
         while turn:
             turn = [worker for worker in turn if self._feed_one(worker, reserved)]
+
+    def _num_coming(self) -> int:
+        """How many workers are starting, and not for too long."""
+        began = self.clock() - _COMING_SECONDS
+        while self.coming and self.coming[oldest := next(iter(self.coming))] < began:
+            del self.coming[oldest]
+        return len(self.coming)
 
     def _feed_one(self, worker: str, reserved: int = 0) -> bool:
         """Whether the worker took a unit."""
@@ -148,6 +159,7 @@ class _Run:
     def handle(self, event: Event) -> None:
         worker = event.worker
         self.busy_since[worker] = self.clock()
+        self.coming.pop(worker, None)
         if isinstance(event, WorkerReady):
             self.starting.discard(worker)
             self.ready.add(worker)

@@ -6,14 +6,20 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from jobs import progress as progress_module
 from jobs.__main__ import main
-from jobs.progress import advice, format_seconds, time_lines
+from jobs.flags import EngineFlags
+from jobs.progress import Reporter, advice, format_seconds, time_lines
 from jobs.start_times import StartTimes, process_seconds
-from pipeline.controller import Progress
+from pipeline.controller import Controller, Policy, Progress
+from pipeline.engine import UnitDone, WorkerLost, WorkerReady
+from pipeline.storage import LocalStorage
 from tests.fakes import write_numbered_shards
+from tests.pipeline.test_controller import report, units
 
 
 @pytest.mark.parametrize(
@@ -28,6 +34,8 @@ from tests.fakes import write_numbered_shards
         ({"encode": 50, "starved": 40, "decode": 30, "read": 31}, "read-bound: the encoders waited 44% of the time"),
         ({"encode": 50, "starved": 10, "blocked": 40}, "write-bound: the encoders waited 50% of the time"),
         ({"encode": 60, "starved": 10, "blocked": 10, "copy": 20}, "copy-bound: the encoders waited 40% of the time"),
+        ({}, "nothing was encoded, so nothing is known of its speed"),  # every clip failed
+        ({"starved": 10, "decode": 30}, "nothing was encoded, so nothing is known of its speed"),
     ],
 )
 def test_advice_follows_the_seconds(seconds: dict[str, int], line: str) -> None:
@@ -88,3 +96,98 @@ def test_a_job_tells_where_its_time_went(tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_seconds_are_told_as_people_do(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+class Told:
+    """A Reporter with a clock of its own, and the lines it has said since."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], storage: Path) -> None:
+        self.now, self._capsys, self._storage = 0.0, capsys, storage
+        monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.controller = Controller(units(2), Policy())
+        flags = EngineFlags(workers=8, progress_seconds=10)
+        self.reporter = Reporter(
+            LocalStorage(storage), flags, "cuda", self.controller, clips_left=10, units_left=2,
+            start_times=StartTimes(lambda: self.now),
+        )  # fmt: skip
+
+    def lines(self) -> list[str]:
+        return [line.removeprefix("encode: ") for line in self._capsys.readouterr().err.splitlines()]
+
+    def tick(self, now: float, *events: WorkerReady | WorkerLost | UnitDone) -> list[str]:
+        self.now = now
+        self.reporter.tick(events)
+        return self.lines()
+
+    def commit(self, written: int = 4, **failed: int) -> UnitDone:
+        unit = self.controller.lease("w0")
+        assert unit
+        done = report(unit, written, **failed)
+        self.controller.done("w0", done)
+        return UnitDone("w0", done)
+
+    def log(self) -> dict[str, object]:
+        (path,) = (self._storage / "runs").glob("*.json")
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Told:
+    return Told(monkeypatch, capsys, tmp_path)
+
+
+NONE_READY = ["no worker is ready: does the cluster have the CPUs and GPUs for one? (`ray status`)"]
+
+
+def test_workers_and_progress_are_told_as_they_come(told: Told) -> None:
+    assert told.tick(5, WorkerReady("w0")) == ["worker w0 is ready after 5.0 s"]
+    done = told.commit(4, crash=1)
+    assert told.tick(8, done) == []
+    (line,) = told.tick(10)
+    assert line == ("1 of 2 units, 5 of 10 clips, 0.5 clips/s, 4 frames/s, encoder busy 50%, failed 1, ETA 10.0 s")
+    assert told.tick(19) == []
+    assert told.tick(20, WorkerLost("w0", "signal 9")) == [
+        "worker w0 died, another takes its units: signal 9",
+        "1 of 2 units, 5 of 10 clips, 0.2 clips/s, 2 frames/s, encoder busy 50%, failed 1, ETA 20.0 s",
+    ]
+
+
+def test_a_job_without_a_worker_says_so_from_the_start_and_after_the_last_was_lost(told: Told) -> None:
+    assert told.tick(59) == []
+    assert told.tick(60) == NONE_READY
+    assert told.tick(119) == []
+    assert told.tick(120) == NONE_READY
+    told.tick(130, WorkerReady("w0"), WorkerReady("w1"))
+    told.tick(131, told.commit())
+    told.tick(300, WorkerLost("w1", "signal 9"))
+    assert NONE_READY[0] not in told.tick(400)
+    told.tick(401, WorkerLost("w0", "signal 9"))
+    lines = [line for second in range(402, 460) for line in told.tick(second)]
+    assert len(lines) > 4  # the progress
+    assert not set(NONE_READY) & set(lines)
+    assert NONE_READY[0] in told.tick(460)
+
+
+def test_the_run_log_holds_a_failure_with_all_that_is_known(told: Told) -> None:
+    """Every clip of it failed before the encoder, and nothing was encoded."""
+    told.tick(2, WorkerReady("w0"))
+    told.tick(3, told.commit(0, timeout=5))
+    told.controller.progress.encode_seconds = 0.0
+    told.now = 4.0
+    told.reporter.finish("stopped by FailureLimitError", {"w0": {"node": "n"}})
+    lines = told.lines()
+    assert lines[0].startswith("stopped by FailureLimitError: 1 units, 5 clips in 4.0 s (1.2 clips/s")
+    assert lines[-1].startswith("nothing was encoded")
+    log = told.log()
+    assert (log["outcome"], log["device"], log["workers"]) == (
+        "stopped by FailureLimitError", "cuda", {"w0": {"node": "n"}},
+    )  # fmt: skip
+    assert log["flags"]["workers"] == 8  # type: ignore[index]
+
+
+def test_advice_counts_the_workers_that_the_units_let_start(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(progress_module, "advice", lambda progress, workers: seen.append(workers))
+    told.tick(3, told.commit())
+    told.reporter.finish("done", {})
+    assert seen == [2]

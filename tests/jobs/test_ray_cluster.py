@@ -6,6 +6,7 @@ import pytest
 
 from jobs.flags import EngineFlags
 from jobs.ray_cluster import Node, NodeShare, node_share
+from pipeline.errors import JobError
 
 GPU_NODE, CPU_NODE = Node(cpus=128, gpus=8), Node(cpus=64, gpus=0)
 
@@ -41,6 +42,32 @@ def test_a_cluster_of_this_machine_is_shared_out_whole(workers: int, expected: N
     flags = EngineFlags(workers=workers, encode_threads=2, decode_workers=2)
     node = Node(cpus=flags.cluster_cpus, gpus=0)
     assert node_share([node], flags, on_gpu=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "on_gpu", "numbers"),
+    [
+        ([Node(cpus=8, gpus=8)], 8, True, "8 CPUs, and 8 workers with 1 each"),
+        ([Node(cpus=8, gpus=8), Node(cpus=0, gpus=0)], 9, True, "8 CPUs, and 8 workers with 1 each"),
+        ([Node(cpus=4, gpus=0), Node(cpus=4, gpus=0)], 4, False, "8 CPUs, and 4 workers with 2 each"),
+    ],
+)
+def test_workers_that_leave_no_cpu_for_decode_tasks_are_refused(
+    nodes: list[Node], workers: int, on_gpu: bool, numbers: str
+) -> None:
+    flags = EngineFlags(workers=workers, encode_threads=2, decode_placement="cluster")
+    with pytest.raises(JobError, match=f"the cluster has {numbers} leave none for --decode-placement cluster"):
+        node_share(nodes, flags, on_gpu=on_gpu)
+    fewer = EngineFlags(workers=3, encode_threads=2, decode_placement="cluster")
+    assert node_share(nodes, fewer, on_gpu=on_gpu).decode_processes is None
+    more = [*nodes, Node(cpus=1, gpus=0)]
+    assert node_share(more, flags, on_gpu=on_gpu).decode_processes is None
+
+
+def test_a_cluster_that_still_has_to_grow_may_decode_in_tasks() -> None:
+    flags = EngineFlags(workers=4, decode_placement="cluster")
+    assert node_share([], flags, on_gpu=True) == NodeShare(1, None)
+    assert node_share([Node(cpus=0, gpus=0)], flags, on_gpu=False) == NodeShare(1, None)
 
 
 def test_by_default_a_machine_decodes_with_every_cpu() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from jobs.__main__ import main
@@ -72,6 +76,21 @@ def test_a_long_clip_comes_in_pieces_as_from_a_process(ray_cluster: None, tmp_pa
     with pytest.raises(DecodeError, match="past_end: clip: positions 52 to 61 reach past the video's end"):
         next(left)
     assert numbers == [52, 53, 54, 55, 56, 57, 58, 59]
+
+
+def test_a_stream_keeps_no_piece_that_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import ray_decode
+
+    def next_piece(stream: object, start: int) -> DecodedClip:
+        return DecodedClip(np.zeros((8, 2, 2, 3), np.uint8), np.zeros(8), "pyav")
+
+    monkeypatch.setattr(ray_decode._RayStream, "_next", next_piece)
+    video = MediaSource("shard.tar", 0, 100, "video")
+    pieces = ray_decode._RayStream(request(video, Window(0, 16)), 8, None).pieces()
+    for _ in range(2):
+        taken = weakref.ref(next(pieces).frames)
+        assert taken() is None
+    pieces.close()
 
 
 def test_a_stream_that_is_dropped_gives_its_cpu_back(ray_cluster: None, tmp_path: Path) -> None:
@@ -180,6 +199,45 @@ def test_the_engine_tells_of_all_that_is_done_and_once_of_a_worker_that_died(
         time.sleep(0.01)
     assert {event.report.unit for event in engine.wait(5) if isinstance(event, UnitDone)} == set(several)
     engine.close()
+
+
+SPREAD_PROGRAM = """
+import logging, sys, time
+from types import SimpleNamespace
+import ray
+from ray.cluster_utils import Cluster
+from jobs import ray_engine
+from jobs.flags import EngineFlags
+
+class Idle:
+    def __init__(self, spec): pass
+    def setup(self): return {"node": ray.get_runtime_context().get_node_id()}
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 80 << 20})
+cluster.add_node(num_cpus=4, object_store_memory=80 << 20)
+ray.init(address=cluster.address, logging_level=logging.ERROR)
+ray_engine.EncodeActor = Idle
+spec = SimpleNamespace(device="cpu", share=SimpleNamespace(cpus=1, decode_processes=1))
+engine = ray_engine.RayEngine(spec, EngineFlags())
+for _ in range(2):
+    engine.start_worker()
+deadline = time.monotonic() + 30
+while len(engine.places) < 2 and time.monotonic() < deadline:
+    engine.wait(1.0)
+print("NODES", len(engine.places), len({place["node"] for place in engine.places.values()}))
+engine.close()
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_encode_workers_are_spread_over_the_nodes() -> None:
+    """Two nodes on this machine, either of which has room for both workers; in a process of its own."""
+    program = [sys.executable, "-c", SPREAD_PROGRAM]
+    told = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert "NODES 2 2" in told.stdout, told.stderr
 
 
 def test_decode_processes_do_not_inherit_the_encode_workers_heap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,14 @@ def test_latents_have_the_promised_shape_and_decode_to_thumbnails() -> None:
     assert torch.equal(decoded[0, ::4, ::8, ::8], frames[0, ::4, ::8, ::8])
 
 
+@pytest.mark.parametrize(("channels", "colours"), [(1, [0, 0, 0]), (2, [0, 1, 0])])
+def test_latents_of_fewer_channels_than_colours_decode_too(channels: int, colours: list[int]) -> None:
+    encoder = RehearsalEncoder(f"rehearsal:4x8x8x{channels}@1000")
+    frames = torch.randint(0, 256, (1, 9, 16, 24, 3), dtype=torch.uint8)
+    decoded = encoder.decode(encoder.encode(frames).mean)
+    assert torch.equal(decoded[0, ::4, ::8, ::8], frames[0, ::4, ::8, ::8][..., colours])
+
+
 def test_clips_and_chunks_off_the_grid_are_refused() -> None:
     encoder = RehearsalEncoder(SOURCE)
     with pytest.raises(GeometryError, match="frames are not"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline import ledger, parquet, store
-from pipeline.account import Account, close_books, take_account, units_left
+from pipeline.account import Account, close_books, open_books, take_account, units_left
 from pipeline.buckets import BucketConfig
 from pipeline.errors import StoreError, UsageError
 from pipeline.plan import Plan
@@ -46,11 +46,13 @@ def test_the_books_of_a_finished_store(storage: LocalStorage) -> None:
         written=4,
         filtered={"short_video": 1},
         failed={"corrupt": 2, "no_video": 2, "tar_damaged": 1, "timeout": 1},
+        clips_failed={"corrupt": 2, "timeout": 1},
         units=3,
         units_done=3,
         clips_left=0,
     )
     assert account.is_complete
+    assert account.clips_done == 7
     assert account.lines() == [
         "in 11 = 4 written + 1 filtered + 6 failed",
         "  filtered short_video: 1",
@@ -75,6 +77,7 @@ def test_the_books_of_a_store_under_way(storage: LocalStorage) -> None:
     encode_unit(FakeEncoder(), storage, plan, units[1], FRAGMENTS, FAILED)
     account = take_account(storage, plan)
     assert (account.written, account.clips_left, account.units_done, account.is_complete) == (2, 3, 1, False)
+    assert account.clips_done == 4
     assert account.lines()[0] == "in 11 = 2 written + 1 filtered + 5 failed + 3 left"
     assert account.failures == ()
     assert list(units_left(storage, plan)) == [unit for unit in longest_first if unit != units[1]]
@@ -84,7 +87,7 @@ def test_the_books_of_a_store_under_way(storage: LocalStorage) -> None:
 
 def test_books_that_do_not_balance_are_refused() -> None:
     with pytest.raises(StoreError, match=r"the books do not balance: 3 clips \+ 1 samples without one against 3"):
-        Account(3, 1, 1, {"keep": 1}, {"corrupt": 1}, 1, 1, 0)
+        Account(3, 1, 1, {"keep": 1}, {"corrupt": 1}, {}, 1, 1, 0)
 
 
 def rewritten(storage: LocalStorage, name: str, keep: slice) -> None:
@@ -177,6 +180,24 @@ def test_new_shards_open_the_books_again(storage: LocalStorage) -> None:
     assert store.open_header(storage).statistics["rows"] == 6
     rows = parquet.from_bytes(storage.read("samples/part-000000.parquet"))[1]
     assert rows.num_rows == 6
+
+
+def test_books_that_were_opened_again_are_closed_with_what_is_there_then(storage: LocalStorage) -> None:
+    """A unit whose files were deleted may come back with other rows, and the plan is the same."""
+    plan = finished(storage)
+    close_books(storage, plan)
+    before = store.open_header(storage).statistics
+    unit = next(unit for unit in plan.units() if unit.bucket.width == 32 and unit.bucket.num_frames == 9)
+    storage.delete(ledger.unit_name(unit))
+    storage.delete(store.shard_name(unit))
+    open_books(storage)
+    assert store.open_header(storage).statistics == {key: value for key, value in before.items() if key != "plan"}
+    open_books(storage)
+    encode_unit(FakeEncoder(), storage, plan, unit, FRAGMENTS)  # this time no row fails
+    assert close_books(storage, plan)
+    assert store.open_header(storage).statistics["rows"] == before["rows"] + len(FAILED)
+    assert parquet.from_bytes(storage.read("samples/part-000000.parquet"))[1].num_rows == before["rows"] + len(FAILED)
+    assert not close_books(storage, plan)
 
 
 def test_there_are_no_books_without_a_store(storage: LocalStorage) -> None:

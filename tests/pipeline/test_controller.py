@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.buckets import Bucket
-from pipeline.controller import Controller, Policy
+from pipeline.controller import Controller, Policy, judge_failures
 from pipeline.errors import FailureLimitError, JobError, StoreError, UnitError
 from pipeline.plan import Unit
 from pipeline.worker import UnitReport
@@ -227,6 +227,22 @@ def test_the_failed_share_is_judged_from_enough_clips_on() -> None:
     controller.done("w", report(second, 4))
     with pytest.raises(FailureLimitError, match=r"6 of 11 clips failed .* crash 4, timeout 2"):
         controller.done("w", report(third, 1, timeout=2))
+
+
+def test_clips_of_earlier_runs_are_judged_with_this_runs() -> None:
+    (unit,) = units(1)
+    failing = Controller([unit], Policy(max_failed_share=0.5, min_clips_judged=10), 6, {"crash": 4})
+    failing.lease("w")
+    with pytest.raises(FailureLimitError, match=r"6 of 10 clips failed \(60%\).* allows: crash 4, timeout 2"):
+        failing.done("w", report(unit, 2, timeout=2))
+    (unit,) = units(1)
+    well = Controller([unit], Policy(max_failed_share=0.1, min_clips_judged=20), 96, {"crash": 4})
+    well.lease("w")
+    well.done("w", report(unit, 2, timeout=2))  # half of this run's
+    well.judge()
+    with pytest.raises(FailureLimitError, match="10 of 100 clips"):
+        judge_failures(100, {"crash": 10}, 0.09)
+    judge_failures(100, {"crash": 29}, 0.29)
 
 
 def test_nothing_encoded_is_no_failure() -> None:

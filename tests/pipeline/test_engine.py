@@ -315,6 +315,23 @@ def test_what_was_left_for_a_worker_that_never_starts_is_taken_when_another_is_e
     assert engine.now == 24  # never idle
 
 
+def test_nothing_is_kept_for_workers_that_do_not_come_in_a_minute() -> None:
+    """Four were asked for, one came. It leaves the others a unit each, and later has work in hand all the same."""
+    engine = TimedEngine(start_seconds=[1, NEVER, NEVER, NEVER], unit_seconds=[20] * 8)
+    controller = Controller(units(8), Policy(units_in_flight=3))
+    held: dict[float, int] = {}
+    engine.on_wait = lambda: held.update({engine.now: len(controller.leases_of("w0"))})
+    drive(engine, controller, 4)
+    assert held == {0: 0, 1: 3, 21: 3, 41: 3, 61: 3, 81: 3, 101: 3, 121: 2, 141: 1}
+
+
+def test_units_are_kept_for_a_worker_that_replaces_another_late() -> None:
+    """w1 is lost at 140 with two units, w0 has room at 141, and w2 is ready at 142."""
+    engine = TimedEngine(start_seconds=[1, 1, 2], unit_seconds=[140, 300, 300, 300], lost={"w1": 140})
+    drive(engine, Controller(units(4), Policy(units_in_flight=2)), 2)
+    assert sorted(engine.done) == [("w0", 0), ("w0", 1), ("w0", 3), ("w2", 2)]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_no_worker_idles_while_units_wait_and_each_is_done_once(data: st.DataObject) -> None:

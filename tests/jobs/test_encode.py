@@ -1,0 +1,129 @@
+"""What `encode` adds to the loop: the store judged whole, its books opened again, and what the run log says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import encode, ray_cluster
+from jobs.__main__ import main
+from jobs.flags import EngineFlags
+from pipeline.errors import JobError
+from tests.clips import numbered_video
+from tests.fakes import sample_members, write_tar
+
+RECIPE = ["--encoder", "rehearsal:4x8x8x4@1000", "--frames", "9", "--sizes", "32x32", "--batch-size", "2"]
+WINDOWS = ["--windows", "uniform", "--num-windows", "3", "--unit-rows", "2"]
+
+
+def shard(directory: Path, **videos: bytes) -> str:
+    members = [member for key, video in videos.items() for member in sample_members(key, video)]
+    return str(write_tar(directory / "shard.tar", members))
+
+
+def run_encode(tar: str, store: Path, *more: str) -> int:
+    local = ["--local", "--decode-workers", "1"]
+    return main(["encode", tar, "--store", str(store), *RECIPE, *WINDOWS, *local, *more])
+
+
+def run_logs(store: Path) -> list[dict[str, Any]]:
+    logs = [json.loads(path.read_text()) for path in store.glob("runs/*.json")]
+    return sorted(logs, key=lambda log: str(log["started"]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_store_of_which_too_much_failed_stays_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = numbered_video(num_frames=60, container_options={"movflags": "faststart"})
+    tar, store = shard(tmp_path, good=video, cut=video[: len(video) * 2 // 3]), tmp_path / "store"
+    for _ in range(2):
+        assert run_encode(tar, store, "--max-failed-share", "0.01") == 1
+        told = capsys.readouterr().err
+        assert "of 6 clips failed (" in told
+        assert "more than --max-failed-share 0.01 allows" in told
+        assert not (store / "samples").exists()
+    assert [log["outcome"] for log in run_logs(store)] == ["stopped by FailureLimitError"]
+    assert run_encode(tar, store, "--max-failed-share", "0.5") == 0
+    assert (store / "samples").exists()
+
+
+def test_clips_of_earlier_runs_are_judged_with_those_of_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last window of a cut video alone fails; with the clips before it, it is one of six."""
+    video = numbered_video(num_frames=60, container_options={"movflags": "faststart"})
+    tar, store = shard(tmp_path, a_good=video, cut=video[: len(video) * 5 // 6]), tmp_path / "store"
+    assert run_encode(tar, store) == 0
+    (store / "ledger/9x32x32/000002.parquet").unlink()
+    assert run_encode(tar, store, "--max-failed-share", "0.3") == 0  # 1 of 2 in this run
+    assert capsys.readouterr().out.count("in 6 = 5 written + 0 filtered + 1 failed") == 2
+
+
+def test_a_unit_that_was_deleted_opens_the_books_again(tmp_path: Path) -> None:
+    tar, store = shard(tmp_path, a=numbered_video(30), b=numbered_video(40)), tmp_path / "store"
+    assert run_encode(tar, store) == 0
+    samples, header = contents(store / "samples"), (store / "latents.zarr/zarr.json").read_bytes()
+    (store / "samples/part-000000.parquet").write_bytes(b"of latents that are no more")
+    (store / "ledger/9x32x32/000001.parquet").unlink()
+    (store / "latents.zarr/9x32x32/c.1.0.0.0.0").unlink()
+    assert run_encode(tar, store) == 0
+    assert contents(store / "samples") == samples
+    assert (store / "latents.zarr/zarr.json").read_bytes() == header
+
+
+def test_a_crash_is_logged_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    tar, store = shard(tmp_path, a=numbered_video(30)), tmp_path / "store"
+    with monkeypatch.context() as patched:
+        patched.setattr(encode, "run", crash)
+        with pytest.raises(ZeroDivisionError):
+            run_encode(tar, store)
+    assert run_encode(tar, store) == 0
+    assert [log["outcome"] for log in run_logs(store)] == ["crashed", "done"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("auto", "encode: the encoder runs on cpu (--device auto found no GPU; --device cuda insists on one)\n"),
+        ("cpu", "encode: the encoder runs on cpu\n"),
+    ],
+)
+def test_the_device_is_told_and_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str, line: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_encode(shard(tmp_path, a=numbered_video(30)), tmp_path / "store", "--device", flag) == 0
+    assert line in capsys.readouterr().err
+    assert [log["device"] for log in run_logs(tmp_path / "store")] == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "gpus", "device"), [("auto", 0, "cpu"), ("auto", 8, "cuda"), ("cuda", 0, "cuda"), ("cpu", 8, "cpu")]
+)
+def test_the_cluster_says_what_auto_means(monkeypatch: pytest.MonkeyPatch, flag: Any, gpus: int, device: str) -> None:
+    monkeypatch.setattr(ray_cluster, "connect", lambda flags: None)
+    monkeypatch.setattr(ray_cluster, "cluster_resource", lambda name: {"GPU": float(gpus)}[name])
+    assert encode._cluster_device(EngineFlags(device=flag)) == device
+
+
+def test_workers_beyond_the_units_get_no_share_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EngineFlags] = []
+
+    def ray_engine(storage: object, plan: object, source: str, flags: EngineFlags, device: str) -> None:
+        seen.append(flags)
+        raise JobError("enough was seen")
+
+    monkeypatch.setattr(encode, "_ray_engine", ray_engine)
+    monkeypatch.setattr(encode, "_cluster_device", lambda flags: "cpu")
+    tar, store = shard(tmp_path, a=numbered_video(30)), str(tmp_path / "store")
+    assert main(["index", tar, "--store", store, "--local", "--decode-workers", "1"]) == 0
+    assert main(["encode", "--store", store, *RECIPE, *WINDOWS, "--workers", "5"]) == 1
+    assert [flags.workers for flags in seen] == [2]  # three clips in units of two
