@@ -73,6 +73,8 @@ class BenchModel(ConfigFile):
     """Types to compute in."""
     compile: bool = True
     """Measure torch.compile as well."""
+    layouts: tuple[Literal["contiguous", "channels_last_3d"], ...] = ("contiguous",)
+    """Memory formats of the weights of 3-D convolutions."""
     frames: int = 17
     """Frames of the clip; cut to each model's grid."""
     size: int = 128

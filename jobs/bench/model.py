@@ -2,7 +2,8 @@
 
 In:   names of models, a clip's size, a device; a directory for the result.
 Out:  model_<hardware>_<date>.md and .json: parameters, kMAC per pixel, frames per second and peak memory, for the
-      model's own call on the whole clip and for our streaming, eager and compiled, per dtype; memory against length.
+      model's own call on the whole clip and for our streaming, eager and compiled, per dtype and layout, with what
+      each changes in the latent; memory against length.
 Cost: seconds to minutes per row on a CPU; a process each.
 Errors: UsageError for an unknown name or an output that is no directory; a way that a model cannot run says why.
 """
@@ -42,10 +43,11 @@ def run_bench_model(command: BenchModel) -> int:
     device = choose_device(command.device)
     result: Json = {"about": _about(command, device)}
     result["rows"] = [
-        _row(command, device, model, how, compiled, dtype)
+        _row(command, device, {"model": model, "how": how, "compiled": compiled, "dtype": dtype, "layout": layout})
         for model in command.models or known
         for dtype in command.dtypes
         for how in ("plain", "streamed")
+        for layout in command.layouts
         for compiled in ((False, True) if command.compile else (False,))
     ]
     result["lengths"] = [_length(command, device, frames) for frames in _LENGTHS]
@@ -57,15 +59,25 @@ def run_bench_model(command: BenchModel) -> int:
     return 0
 
 
-def _row(command: BenchModel, device: str, model: str, how: str, compiled: bool, dtype: str) -> Json:
-    spec = {"model": model, "how": how, "compiled": compiled, "dtype": dtype}
+def _row(command: BenchModel, device: str, spec: Json) -> Json:
     cell = _measured(command, device, spec, command.frames, command.size)
-    print(f"{model} {how}{' compiled' if compiled else ''} {dtype}: {_speed(cell)}", file=sys.stderr, flush=True)
+    print(f"{spec['model']} {_how(spec)} {spec['dtype']}: {_speed(cell)}", file=sys.stderr, flush=True)
     return {**spec, **cell}
 
 
+def _how(spec: Json) -> str:
+    layout = "channels last" if spec["layout"] == "channels_last_3d" else ""
+    return ", ".join(filter(None, (spec["how"], layout, "compiled" if spec["compiled"] else "")))
+
+
 def _length(command: BenchModel, device: str, frames: int) -> Json:
-    spec = {"model": "tiny-4x8x8x16", "how": "length", "compiled": False, "dtype": "float32"}
+    spec = {
+        "model": "tiny-4x8x8x16",
+        "how": "length",
+        "compiled": False,
+        "dtype": "float32",
+        "layout": "contiguous",
+    }
     return {
         "frames": frames,
         **_measured(dataclasses.replace(command, repetitions=1), device, spec, frames, command.size),
@@ -114,20 +126,21 @@ def to_markdown(result: Json) -> Iterator[str]:
     yield f"- one clip of {told['clip']}, random weights; medians of {told['repetitions']} after a warm-up"
     yield "- plain: the model's own call on the whole clip; streamed: canonical chunks of at least 8 frames"
     yield "- share: of the rate of a large matrix product in the same process, a moment later: rough on a busy machine"
+    yield "- latent error: the largest against float32, eager and contiguous, in standard deviations of the latent"
     yield ""
-    yield "| model | encoder / decoder, M | dtype | how | kMAC/pixel | frames/s | peak MiB | share |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| model | encoder / decoder, M | dtype | how | kMAC/pixel | frames/s | peak MiB | share | latent error |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for row in result["rows"]:
-        how = row["how"] + (", compiled" if row["compiled"] else "")
+        how = _how(row)
         if "error" in row:
-            yield f"| {row['model']} | | {row['dtype']} | {how} | {row['error']} | | | |"
+            yield f"| {row['model']} | | {row['dtype']} | {how} | {row['error']} | | | | |"
             continue
         sizes = f"{row['encoder'] / 1e6:.1f} / {row['decoder'] / 1e6:.1f}"
         kmacs = "" if row["kmacs_per_pixel"] is None else f"{row['kmacs_per_pixel']:.0f}"
         share = "" if row["matrix_share"] is None else f"{row['matrix_share']:.0%}"
         yield (
             f"| {row['model']} | {sizes} | {row['dtype']} | {how} | {kmacs} | {row['frames_per_second']:.1f} | "
-            f"{row['peak_mib']:.0f} | {share} |"
+            f"{row['peak_mib']:.0f} | {share} | {row['latent_error_std']:.1g} |"
         )
     yield from ("", "## Memory of a streamed encode and length: tiny-4x8x8x16, float32", "")
     yield from ("| frames | peak MiB of the process |", "|---|---|")

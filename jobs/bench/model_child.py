@@ -1,16 +1,19 @@
 """One autoencoder encoding random clips one way, in a process of its own, so that its memory is its own.
 
-In:   JSON on stdin: {"model", "how", "compiled", "dtype", "device", "frames", "size", "repetitions", "threads"}.
+In:   JSON on stdin: {"model", "how", "compiled", "dtype", "layout", "device", "frames", "size", "repetitions",
+      "threads"}.
       how: "plain", the model's own call on the whole clip; "streamed", canonical chunks; "length", chunks that are made
       when they are wanted, so that memory is the model's and the latent's alone.
-Out:  JSON on stdout: parameters, kMAC per pixel, frames per second, peak MiB, share of the device's matrix rate; or
-      {"error"}.
+Out:  JSON on stdout: parameters, kMAC per pixel, frames per second, peak MiB, share of the device's matrix rate, the
+      latent's error against float32, eager and contiguous; or {"error"}.
 Cost: what is measured; the full-size models need up to 10 GB.
 Errors: a model that cannot be built or run so becomes {"error"}.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -33,19 +36,29 @@ from models.streamed import EncodesChunks, default_chunk_frames
 
 Json = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]
+_FORMATS = {"contiguous": "contiguous_format", "channels_last_3d": "channels_last_3d"}
 
 
-def build(
-    name: str, how: str, dtype: torch.dtype = torch.float32
-) -> tuple[nn.Module, Geometry, Encode, EncodesChunks | None]:
-    """A model with random weights: module, geometry, its own call on a whole clip, and its streaming side if any.
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A model with random weights; `plain` is its own call on a whole clip, `backend` its streaming side if any."""
+
+    module: nn.Module
+    geometry: Geometry
+    plain: Encode
+    backend: EncodesChunks | None
+    move: Callable[[torch.device, torch.dtype], object]
+
+
+def build(name: str, how: str) -> Built:
+    """A preset, or a released model's config.
 
     Some models are made to stream by replacing their layers: one that is measured "plain" is left untouched.
     """
     torch.manual_seed(0)
     if name in PRESETS:
         model = CausalAutoencoder(ModelConfig(PRESETS[name])).eval()
-        return model, model.config.geometry, lambda clip: model.encode(clip).mean, NativeBackend(model)
+        return Built(model, model.config.geometry, lambda clip: model.encode(clip).mean, NativeBackend(model), model.to)
     import diffusers
 
     from models.pretrained.directory import RULES
@@ -56,11 +69,11 @@ def build(
     geometry = rule.geometry(config)
     if rule.whole is not None:
         whole = rule.whole(vae)
-        whole.to(torch.device("cpu"), dtype)
-        return vae, geometry, lambda clip: whole.encode(clip.float()).mean, None
+        return Built(vae, geometry, lambda clip: whole.encode(clip.float()).mean, None, whole.to)
     assert rule.streamed is not None
     backend = None if how == "plain" else rule.streamed(vae)
-    return vae, geometry, lambda clip: rule.reference(vae, clip), backend
+    # The override of `to` in diffusers logs a needless warning.
+    return Built(vae, geometry, lambda clip: rule.reference(vae, clip), backend, functools.partial(nn.Module.to, vae))
 
 
 def stream(backend: EncodesChunks, chunks: Iterable[Tensor]) -> Tensor:
@@ -76,20 +89,20 @@ def measure(spec: Json) -> Json:
     """Build, warm up, repeat; medians."""
     torch.set_num_threads(spec["threads"])
     device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
-    model, geometry, plain, backend = build(spec["model"], spec["how"], dtype)
+    built = build(spec["model"], spec["how"])
+    model, geometry, backend = built.module, built.geometry, built.backend
     if spec["how"] != "plain" and backend is None:
         return {"error": "takes whole clips only"}
     model.requires_grad_(requires_grad=False)
-    nn.Module.to(model, device, dtype)
-    if spec["compiled"]:
-        model.encoder.compile()  # type: ignore[union-attr]
+    built.move(device, torch.float32)
+    _set_layout(model, "contiguous")
     frames = geometry.frames_on_grid(spec["frames"])
     size = -(-spec["size"] // geometry.spatial_stride) * geometry.spatial_stride
     pixels = frames * size * size
     chunk_frames = default_chunk_frames(geometry)
 
     def noise(num_frames: int) -> Tensor:
-        return torch.rand(1, 3, num_frames, size, size, device=device, dtype=dtype) * 2 - 1
+        return torch.rand(1, 3, num_frames, size, size, device=device) * 2 - 1
 
     def noise_in_chunks() -> Iterator[Tensor]:
         yield from map(noise, _chunks(frames, chunk_frames))
@@ -98,15 +111,21 @@ def measure(spec: Json) -> Json:
 
     def encode() -> Tensor:
         if backend is None or spec["how"] == "plain":
-            return plain(clip)
+            return built.plain(clip)
         if spec["how"] == "length":
             return stream(backend, noise_in_chunks())
         return stream(backend, _split(clip, _chunks(frames, chunk_frames)))
 
     with torch.inference_mode():
+        reference = None if spec["how"] == "length" else encode()
+        _forget_peak(device)
+        built.move(device, dtype)
+        _set_layout(model, spec["layout"])
+        if spec["compiled"]:
+            model.encoder.compile()  # type: ignore[union-attr]
+        clip = clip.to(dtype)
         kmacs = None if spec["compiled"] or spec["how"] == "length" else _count_macs(encode) / pixels / 1e3
-        if spec["how"] != "length":
-            encode()
+        error_std = None if reference is None else _error_std(encode(), reference)
         seconds = statistics.median(_seconds(encode, device) for _ in range(spec["repetitions"]))
     rate = None if kmacs is None else 2e3 * kmacs * pixels / seconds / _matrix_rate(device, dtype)
     parameters = {half: sum(p.numel() for p in getattr(model, half).parameters()) for half in ("encoder", "decoder")}
@@ -117,7 +136,18 @@ def measure(spec: Json) -> Json:
         "frames_per_second": frames / seconds,
         "peak_mib": _peak_mib(device),
         "matrix_share": rate,
+        "latent_error_std": error_std,
     }
+
+
+def _set_layout(model: nn.Module, layout: str) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=getattr(torch, _FORMATS[layout]))
+
+
+def _error_std(latent: Tensor, reference: Tensor) -> float:
+    return ((latent.float() - reference.float()).abs().max() / reference.float().std()).item()
 
 
 def _split(clip: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
@@ -159,6 +189,15 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = min(_seconds(lambda: left @ right, device) for _ in range(5))
     return 2.0 * side * side * side / seconds
+
+
+def _forget_peak(device: torch.device) -> None:
+    """So that the float32 reference does not count."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_mib(device: torch.device) -> float:

@@ -19,6 +19,7 @@ SPEC = {
     "how": "streamed",
     "compiled": False,
     "dtype": "float32",
+    "layout": "contiguous",
     "device": "cpu",
     "frames": 10,
     "size": 30,
@@ -28,7 +29,20 @@ SPEC = {
 
 
 def test_a_small_run_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--models", "tiny-4x8x8x16", "--frames", "9", "--size", "32", "--repetitions", "1", "--threads", "1"]
+    flags = [
+        "--models",
+        "tiny-4x8x8x16",
+        "--layouts",
+        "channels_last_3d",
+        "--frames",
+        "9",
+        "--size",
+        "32",
+        "--repetitions",
+        "1",
+        "--threads",
+        "1",
+    ]
     assert main(["bench", "model", "--output", str(tmp_path), "--hardware", "here", "--no-compile", *flags]) == 0
     (path,) = tmp_path.glob("model_here_*.json")
     result = json.loads(path.read_text())
@@ -39,6 +53,7 @@ def test_a_small_run_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
         ("streamed", "bfloat16"),
     ]
     assert all(row["frames_per_second"] > 0 and row["peak_mib"] > 50 for row in result["rows"])
+    assert "| streamed, channels last |" in path.with_suffix(".md").read_text()
     short, long = result["lengths"]
     assert long["frames"] == 1025
     assert long["peak_mib"] <= 1.15 * short["peak_mib"]
@@ -54,6 +69,20 @@ def test_what_is_measured_is_the_model() -> None:
 
 
 @pytest.mark.parametrize("how", ["plain", "streamed"])
+def test_what_dtype_and_layout_change_in_the_latent(how: str) -> None:
+    rows = [
+        measure({**SPEC, "how": how, "dtype": dtype, "layout": layout})
+        for dtype in ("float32", "bfloat16")
+        for layout in ("contiguous", "channels_last_3d")
+    ]
+    exact, last, rounded, rounded_last = (row["latent_error_std"] for row in rows)
+    assert exact == 0
+    assert 0 < last < 1e-4
+    assert 1e-4 < rounded < 0.2
+    assert 1e-4 < rounded_last < 0.2
+
+
+@pytest.mark.parametrize("how", ["plain", "streamed"])
 @pytest.mark.parametrize(("name", "config"), [("AutoencoderKLLTX2Video", LTX_2), ("AutoencoderKLWan", WAN_21)])
 def test_a_model_that_is_measured_plain_is_left_untouched(
     name: str, config: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
@@ -62,7 +91,7 @@ def test_a_model_that_is_measured_plain_is_left_untouched(
     row = measure({**SPEC, "model": "tiny", "how": how, "size": 64})
     assert row["frames_per_second"] > 0
     if how == "plain":
-        vae = build("tiny", how)[0]
+        vae = build("tiny", how).module
         assert not any(type(module).__module__.startswith("models.") for module in vae.modules())
 
 

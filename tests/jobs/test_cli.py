@@ -95,8 +95,8 @@ FLAGS = {
         "decode-workers", "encode-threads", "device", "compute-dtype",
     },
     "bench model": {
-        "config", "output", "hardware", "models", "device", "dtypes", "compile", "no-compile", "frames", "size",
-        "repetitions", "threads",
+        "config", "output", "hardware", "models", "device", "dtypes", "compile", "no-compile", "layouts", "frames",
+        "size", "repetitions", "threads",
     },
     "bench scale": {
         "config", "output", "hardware", "parts", "engines", "encoders", "units", "workers", "worker-units",
@@ -186,6 +186,18 @@ class TestTypos:
         err = capsys.readouterr().err
         assert err.startswith("latentmill: UsageError: ")
         assert err.count("\n") == 1
+
+    def test_a_cluster_that_the_environment_names(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Its CPUs decode, too, and there --decode-workers would mean nothing."""
+        line = "encode --store x --decode-placement cluster --decode-workers 2"
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        assert isinstance(parse(line.split()), Encode)
+        monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+        assert main(line.split()) == 2
+        assert "the CPUs of the cluster head:6379 decode: leave out --decode-workers" in capsys.readouterr().err
+        assert isinstance(parse(["encode", "--store", "x", "--decode-workers", "2"]), Encode)
 
 
 class TestValues:
