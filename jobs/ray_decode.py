@@ -130,16 +130,19 @@ class _RayStream:
         is_last = False
         try:
             for piece in pieces_of(self._window, self._piece_frames):
-                outcome = self._piece(piece.start)
-                if isinstance(outcome, DecodeError):
-                    raise outcome
                 is_last = piece.start + piece.num_frames == self._window.start + self._window.num_frames
-                yield outcome
-                del outcome  # Or its frames would stay in the object store while the next ones are waited for.
+                # No variable holds the frames: they would stay in the object store until the next ones come.
+                yield self._clip(piece.start)
         except GeneratorExit:
             if not is_last:  # Else the task would wait for ever. Its decode process may be in mid-reply: by force.
                 ray.cancel(self._task, force=True)
             raise
+
+    def _clip(self, start: int) -> DecodedClip:
+        outcome = self._piece(start)
+        if isinstance(outcome, DecodeError):
+            raise outcome
+        return outcome
 
     def _piece(self, start: int) -> DecodeOutcome:
         deaths = 0

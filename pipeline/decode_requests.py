@@ -3,7 +3,7 @@
 In:   a unit's clips in row order, and the recipe.
 Out:  DecodeRequests for some Decoders; slices; a refusal of shards that changed.
 Cost: pure, but for one stat per shard in `require_unchanged`.
-Errors: ShardError for a shard that is not the one that was planned.
+Errors: ShardError for a shard that is not the one that was planned; UnitError when nobody can tell at the moment.
 """
 
 from __future__ import annotations
@@ -73,20 +73,21 @@ def to_requests(clips: Sequence[Clip], recipe: Recipe, group_bytes: int) -> list
 def to_messages(clips: Sequence[Clip], recipe: Recipe, group_bytes: int) -> list[list[DecodeRequest]]:
     """The requests of `to_requests`, small neighbours together: what decodes in milliseconds costs as much to ask for.
 
-    A message is at most `_MESSAGE_PIXELS` of frames as stored and `group_bytes` of wanted ones. Pure.
+    A message is at most `_MESSAGE_PIXELS` of frames as stored and `group_bytes` of clips, padding included. Pure.
     """
     messages: list[list[DecodeRequest]] = []
     pixels = num_bytes = 0.0
     place = 0
     for request in to_requests(clips, recipe, group_bytes):
-        media = clips[place].media
+        clip = clips[place]
         place += len(request.windows)
-        own_pixels = sum(window.num_frames for window in request.windows) * media.height * media.width
-        pixels, num_bytes = pixels + own_pixels, num_bytes + request.decoded_bytes
+        own_pixels = sum(window.num_frames for window in request.windows) * clip.media.height * clip.media.width
+        own_bytes = len(request.windows) * clip.decoded_bytes
+        pixels, num_bytes = pixels + own_pixels, num_bytes + own_bytes
         is_full = pixels > _MESSAGE_PIXELS or num_bytes > group_bytes
         if not messages or is_full or len(messages[-1]) == _MESSAGE_REQUESTS:
             messages.append([])
-            pixels, num_bytes = own_pixels, request.decoded_bytes
+            pixels, num_bytes = own_pixels, own_bytes
         messages[-1].append(request)
     return messages
 
@@ -105,6 +106,7 @@ def require_unchanged(shard: ShardRef) -> None:
 
     Raises:
         ShardError: its size or version differs, or it is gone.
+        UnitError: it cannot be looked at now.
     """
     now = stat_object(shard.url)
     if (now.size_bytes, now.version) != (shard.size_bytes, shard.version):

@@ -3,11 +3,12 @@
     LatentmillError
     |- SampleError          reject: this sample or clip is recorded with `reason` and the job goes on
     |  |- DecodeError       the video cannot be read as asked
-    |- UnitError            retry: the unit failed for a cause outside its clips (storage, a lost worker)
+    |- UnitError            retry: the unit failed for a cause outside its clips (storage, a shard that cannot be read
+    |                       at the moment, a lost worker)
     |- JobError             stop: nothing that a retry could change
        |- UsageError        a flag or file of the user's is wrong; exit code 2
        |- MismatchError     the store was made with another recipe, plan or format; names the fields
-       |- ShardError        a shard cannot be read, or changed since it was planned
+       |- ShardError        a shard is not there, is none, or changed since it was planned
        |- StoreError        the store is damaged or cannot be written
        |- FailureLimitError more clips failed than the job allows
 

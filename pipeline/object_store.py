@@ -2,7 +2,8 @@
 
 In:   urls `s3://name/key`, `gs://name/key`; credentials and endpoints from the environment (see `_HINTS`).
 Out:  ObjectClient: head, get, range, put, conditional put, list, delete; ObjectStorage, the Storage made of it.
-Cost: one request each, on pooled connections. A service that does not answer is given up after about a minute.
+Cost: one request each, on pooled connections. A service that is silent, refuses connections or asks to come again (5xx,
+      429) is given up after about a minute.
 Errors: of the client, FileNotFoundError for what is not there and OSError in one line for anything else; of the
       storage, UnitError, since another try may go through; UsageError without obstore.
 
@@ -28,10 +29,17 @@ _HINTS = {
     "gs": "credentials are read from the file that GOOGLE_APPLICATION_CREDENTIALS names, or the machine's account",
 }
 REMOTE_SCHEMES = tuple(_HINTS)
-# A put of a unit (64 MB) has to end within the timeout; a dead service costs the retries, once.
-_CLIENT_OPTIONS: ClientConfig = {"allow_http": True, "connect_timeout": "5s", "timeout": "60s"}
+# A put of a unit (64 MB) has to end within the timeout. It and the retries are shorter than the time that decoding may
+# take at least (60 s by default): a service that fails is then told as such, and not as a clip's timeout.
+_CLIENT_OPTIONS: ClientConfig = {"allow_http": True, "connect_timeout": "5s", "timeout": "50s"}
 _BEYOND_THE_END = "416 Range Not Satisfiable"  # where the range begins
-_RETRIES: RetryConfig = {"max_retries": 4, "retry_timeout": dt.timedelta(seconds=60)}
+# The time is the limit; it takes about 20 tries. A pause is drawn from the shortest one to `base` times the one before:
+# with the default base of 2 they hardly grow.
+_RETRIES: RetryConfig = {
+    "backoff": {"init_backoff": dt.timedelta(seconds=0.2), "max_backoff": dt.timedelta(seconds=5), "base": 3},
+    "max_retries": 1000,
+    "retry_timeout": dt.timedelta(seconds=45),
+}
 
 
 def client_of(url: str) -> tuple[ObjectClient, str]:

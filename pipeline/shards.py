@@ -3,7 +3,8 @@
 In:   patterns as a user types them: paths, globs, braces, list files, s3:// urls.
 Out:  a sorted list of absolute paths and urls; a ShardRef per shard, whose `shard_id` changes when the shard does.
 Cost: `expand` touches the directories that a glob names; `identify` is one stat or one HEAD request.
-Errors: UsageError for a pattern that matches nothing, or that is no path or known url; ShardError from `identify`.
+Errors: UsageError for a pattern that matches nothing, or that is no path or known url; ShardError and UnitError from
+      `identify`.
 """
 
 from __future__ import annotations

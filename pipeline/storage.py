@@ -4,8 +4,8 @@ In:   a path, or an s3:// or gs:// url.
 Out:  file-like ranges; a Storage whose `put_if_absent` is the one atomic commit of the whole project.
 Cost: a local commit is write, fsync, link, fsync of the directory; a remote one is a single conditional put. A remote
       range costs a request when it is opened, and few more where it is larger (pipeline.block_cache).
-Errors: UsageError for a url of another kind; ShardError when an input cannot be opened, OSError when reading it breaks
-      off; StoreError when an output cannot be read or written.
+Errors: UsageError for a url of another kind; ShardError for an input that is not there, UnitError when it cannot be
+      opened now, OSError when reading it breaks off; StoreError when an output cannot be read or written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import IO, Protocol
 
 from pipeline.block_cache import BlockCache
 from pipeline.byte_range import ByteRange
-from pipeline.errors import ShardError, StoreError, UsageError
+from pipeline.errors import ShardError, StoreError, UnitError, UsageError
 from pipeline.object_store import REMOTE_SCHEMES, ObjectStorage, client_of
 
 _READ_AHEAD_BYTES = 1 << 16
@@ -60,14 +60,13 @@ def stat_object(url: str) -> ObjectStat:
 
     Raises:
         ShardError: it is not there or is not a file.
+        UnitError: nobody can tell at the moment.
     """
-    try:
+    with _input_errors(url):
         if is_remote(url):
             client, name = client_of(url)
             return ObjectStat(*client.head(name))
         status = Path(url).stat()
-    except OSError as error:
-        raise ShardError(f"cannot read shard {url}: {error.strerror or error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise ShardError(f"shard {url} is not a file")
     return ObjectStat(status.st_size, str(status.st_mtime_ns))
@@ -80,14 +79,13 @@ def open_range(url: str, offset: int = 0, size_bytes: int | None = None, *, whol
     an object store is then asked for at once; on a local file it is all the same.
 
     Raises:
-        ShardError: it cannot be opened.
+        ShardError: it is not there or is not a file.
+        UnitError: it cannot be opened at the moment.
     """
     if is_remote(url):
         return io.BufferedReader(_remote_range(url, offset, size_bytes, whole=whole), _READ_AHEAD_BYTES)
-    try:
+    with _input_errors(url):
         handle = Path(url).open("rb", buffering=0)  # noqa: SIM115 (the range closes it)
-    except OSError as error:
-        raise ShardError(f"cannot read shard {url}: {error.strerror}") from error
     there = max(0, os.fstat(handle.fileno()).st_size - offset)
     size = there if size_bytes is None else min(size_bytes, there)
     raw = ByteRange(lambda start, count: os.pread(handle.fileno(), count, start), offset, size, handle.close)
@@ -96,11 +94,20 @@ def open_range(url: str, offset: int = 0, size_bytes: int | None = None, *, whol
 
 def _remote_range(url: str, offset: int, size_bytes: int | None, *, whole: bool) -> ByteRange:
     client, name = client_of(url)
-    try:
+    with _input_errors(url):
         blocks = BlockCache(functools.partial(client.get_range, name), offset, size_bytes, whole=whole)
-    except OSError as error:
-        raise ShardError(f"cannot read shard {url}: {error.strerror or error}") from error
     return ByteRange(blocks.read, offset, blocks.size_bytes, blocks.close)
+
+
+@contextlib.contextmanager
+def _input_errors(url: str) -> Iterator[None]:
+    """OSErrors become ShardError where the shard is gone, which no retry changes, and else UnitError."""
+    try:
+        yield
+    except OSError as error:
+        is_gone = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        kind = ShardError if is_gone else UnitError
+        raise kind(f"cannot read shard {url}: {error.strerror or error}") from error
 
 
 class Storage(Protocol):

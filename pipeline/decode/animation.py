@@ -3,7 +3,7 @@
 In:   a byte range that holds a WebP.
 Out:  MediaInfo; frames in presentation order, alpha over black, 8 bits.
 Cost: the whole file in memory; every frame is decoded up to the last wanted one, by a probe all of them.
-Errors: DecodeError `not_media`, `too_large`, `decode_error`; ShardError from the storage.
+Errors: DecodeError `not_media`, `too_large`, `decode_error`; ShardError and UnitError from the storage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TICK = Fraction(1, 1000)
 
 
 def is_webp(source: MediaSource) -> bool:
-    """Whether the bytes begin as a WebP does. Raises ShardError."""
+    """Whether the bytes begin as a WebP does. Raises ShardError, UnitError."""
     with open_source(source) as file:
         head = file.read(12)
     return head[:4] == b"RIFF" and head[8:] == b"WEBP"

@@ -59,7 +59,7 @@ class Backend(Protocol):
         ...
 
     def probe(self, source: MediaSource, limits: DecodeLimits) -> MediaInfo:
-        """What the media is. Raises DecodeError, or ShardError when its bytes cannot be read."""
+        """What the media is. Raises DecodeError, or ShardError and UnitError as `open_source`."""
         ...
 
     def frames(self, source: MediaSource, shape: ClipShape, limits: DecodeLimits) -> Iterator[TimedFrame]:
@@ -111,7 +111,7 @@ def choose_backend(source: MediaSource, decoder: str) -> Backend:
 
 
 def probe_media(source: MediaSource, limits: DecodeLimits) -> MediaInfo:
-    """Probe in this process. Raises DecodeError or ShardError."""
+    """Probe in this process. Raises DecodeError, ShardError or UnitError."""
     from pipeline.decode.animation import is_webp
 
     try:
@@ -137,8 +137,8 @@ def decode_windows(
     the first one's error stands where none can, and where it tells of the file itself: another one may not notice.
 
     Raises:
-        ShardError: the source cannot be opened.
-        UnitError: reading it broke off.
+        ShardError: the source is not there.
+        UnitError: it cannot be read at the moment.
         MemoryError: this process has too little, or a damaged header asks for too much.
     """
     from pipeline.decode.choice import backend_names

@@ -149,7 +149,10 @@ def _private_stdout() -> IO[bytes]:
 
 
 def _limit_memory(size_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (size_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    """As far as the system's own limit (`ulimit -v`) lets us."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = size_bytes if hard == resource.RLIM_INFINITY else min(size_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _send(replies: IO[bytes], reply: Json) -> None:

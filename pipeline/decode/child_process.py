@@ -3,7 +3,8 @@
 In:   JSON messages; seconds.
 Out:  JSON replies.
 Cost: two system calls per message and reply besides the waiting.
-Errors: ChildLost when the program ended, or was killed because its time was over.
+Errors: ChildLost when the program ended, or was killed because its time was over; OSError when the system has no
+      process, memory or descriptor for it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pipeline.decode.wire import Json
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 120.0  # imports from a cold network file system
+_END_SECONDS = 5.0  # from closing its pipe to its end
 _PIPE_BYTES = 1 << 16
 # Else glibc gives a decoder's memory back after each clip or frame and takes it anew: page faults were a tenth of the
 # decode time. Frames up to 4K stay in the heap, which keeps what one decoder needs. (Setting one alone is worse: that
@@ -50,14 +52,18 @@ class ChildProcess:
         self.clips_served = 0
         command = [sys.executable, "-P", "-m", module, str(self.memory.fd), json.dumps(dataclasses.asdict(limits))]
         paths = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            command,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(self.memory.fd,),
-            env=MALLOC_ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(self.memory.fd,),
+                env=MALLOC_ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            )
+        except BaseException:
+            self.memory.close()
+            raise
         self.pid = self._process.pid
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -102,8 +108,16 @@ class ChildProcess:
     def _received(self) -> bytes:
         data = os.read(self._stdout.fileno(), _PIPE_BYTES)
         if not data:
-            raise ChildLost("crash", f"the decode process ended with {_ending(self._process.wait())}")
+            raise ChildLost("crash", f"the decode process ended with {_ending(self._end())}")
         return data
+
+    def _end(self) -> int:
+        """The return code; a program that has closed its pipe and lives on is killed."""
+        try:
+            return self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.wait()
 
     def kill(self) -> None:
         """End the program; whoever waits for its reply is told."""

@@ -26,7 +26,6 @@ from pipeline.decode.mp4 import is_indexed
 from pipeline.decode.records import MediaSource
 from pipeline.decode.source import open_source
 from pipeline.decode.transport_stream import CheckedTransportStream, is_transport_stream
-from pipeline.errors import UnitError
 
 # FFmpeg's demuxers that may see the data, and what they are called in MediaInfo. No playlist, no text, no device: such
 # formats name other files, which FFmpeg would open and show.
@@ -85,8 +84,7 @@ def open_video(source: MediaSource, limits: DecodeLimits, *, header_only: bool =
 
     Raises:
         DecodeError: not media, no video stream, too large, or whatever FFmpeg reports inside the block.
-        ShardError: the file cannot be opened.
-        UnitError: reading it broke off.
+        ShardError, UnitError: as `open_source`.
     """
     with open_source(source) as file, _decode_errors(source, "decode_error"):
         indexed = is_indexed(file)
@@ -125,8 +123,6 @@ def _decode_errors(source: MediaSource, reason: str) -> Iterator[None]:
         raise  # FFmpeg's ENOMEM is both; it is this process's trouble
     except av.FFmpegError as error:
         raise damage(source, reason, error.strerror or type(error).__name__) from error
-    except OSError as error:  # not FFmpeg's: our file's
-        raise UnitError(f"cannot read {source.path}: {error.strerror}") from error
 
 
 def _select(source: MediaSource, container: InputContainer, limits: DecodeLimits) -> tuple[VideoStream, int]:

@@ -3,7 +3,8 @@
 In:   shapes; for shared memory a descriptor of anonymous memory (memfd_create), inherited by the child.
 Out:  numpy arrays, each its borrower's for as long as anything refers to it.
 Cost: what is lent, and what waits to be lent again: up to 64 MiB, or one array where that is larger; of address space
-      what was ever lent at once, by size. No name in any file system, so a kill leaves nothing.
+      what was ever lent at once, by class of size (four from each power of two to the next). No name in any file
+      system, so a kill leaves nothing.
 Errors: OSError when the system has no memory for the map.
 
 Touching a fresh page costs 30 times the copy of a page, so memory is used again; and frames that the child writes where
@@ -13,6 +14,8 @@ the owner reads them are not copied at all.
 from __future__ import annotations
 
 import collections
+import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import math
@@ -23,6 +26,9 @@ import weakref
 import numpy as np
 
 _SEGMENT_BYTES = 64 << 20
+# Of the kernel's headers; Pythons built with old ones (conda's) lack the names, and os.memfd_create.
+_CLOEXEC, _ALLOW_SEALING = 1, 2
+_ADD_SEALS, _SEAL_SHRINK = 1033, 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +60,7 @@ class FrameMemory:
 
     def _lend(self, shape: tuple[int, ...]) -> tuple[np.ndarray, _Block]:
         size_bytes = math.prod(shape)
-        block = self._take(max(1, math.ceil(size_bytes / mmap.PAGESIZE)) * mmap.PAGESIZE)
+        block = self._take(_class_bytes(size_bytes))
         whole = np.frombuffer(block.memory, np.uint8, size_bytes, block.start)
         # Views refer to `whole`, so it goes last.
         weakref.finalize(whole, self._give_back, block).atexit = False
@@ -93,9 +99,9 @@ class SharedFrameMemory(FrameMemory):
 
     def __init__(self, keep_bytes: int = 64 << 20) -> None:
         super().__init__(keep_bytes)
-        self.fd = os.memfd_create("decode-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = getattr(os, "memfd_create", _libc_memfd_create)("decode-frames", _CLOEXEC | _ALLOW_SEALING)
         # It can grow but not shrink: a damaged child cannot pull it away under a reader.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        fcntl.fcntl(self.fd, _ADD_SEALS, _SEAL_SHRINK)
         self._segment: mmap.mmap | None = None
         self._segment_offset = self._used_bytes = 0
         self._without_pages: dict[int, collections.deque[_Block]] = {}
@@ -130,7 +136,8 @@ class SharedFrameMemory(FrameMemory):
         return _Block(self._segment, start, size_bytes, self._segment_offset + start)
 
     def _drop(self, block: _Block) -> None:
-        block.memory.madvise(mmap.MADV_REMOVE, block.start, block.size_bytes)
+        with contextlib.suppress(OSError):  # Then it keeps its pages, and is lent again as well.
+            block.memory.madvise(mmap.MADV_REMOVE, block.start, block.size_bytes)
         self._without_pages.setdefault(block.size_bytes, collections.deque()).append(block)
 
 
@@ -148,8 +155,21 @@ class FrameView:
 
     def array(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
         """What the owner has lent itself under this offset."""
-        size_bytes = math.prod(shape)
-        if self._map is None or len(self._map) < offset + size_bytes:
+        # All of a message's arrays are lent before it comes: none of them keeps an old map beside the new one.
+        if self._map is None or len(self._map) < self.size_bytes:
             self._map = None  # the old map goes before the new one counts against the address space
             self._map = mmap.mmap(self._fd, self.size_bytes)
-        return np.frombuffer(self._map, np.uint8, size_bytes, offset).reshape(shape)
+        return np.frombuffer(self._map, np.uint8, math.prod(shape), offset).reshape(shape)
+
+
+def _class_bytes(size_bytes: int) -> int:
+    """The size, rounded up to an eighth of the next power of two: few sizes, so that others' memory fits again."""
+    step = max(mmap.PAGESIZE, 1 << (max(1, size_bytes) - 1).bit_length() >> 3)
+    return max(1, math.ceil(size_bytes / step)) * step
+
+
+def _libc_memfd_create(name: str, flags: int) -> int:
+    fd: int = ctypes.CDLL(None, use_errno=True).memfd_create(name.encode(), flags)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd

@@ -3,7 +3,8 @@
 In:   a byte range that holds a PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF or PPM.
 Out:  MediaInfo; one frame: the first picture, upright by its EXIF orientation, alpha over black, 8 bits.
 Cost: the whole file and the whole picture in memory.
-Errors: DecodeError `not_media`, `too_large`, `decode_error`, `unsupported_heic`; ShardError from the storage.
+Errors: DecodeError `not_media`, `too_large`, `decode_error`, `unsupported_heic`; ShardError and UnitError from the
+    storage.
 
 Colour profiles are not applied: values are taken as sRGB.
 """

@@ -13,6 +13,7 @@ same process helps. The child is a fresh interpreter, never a fork of this one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -27,6 +28,8 @@ from pipeline.decode.wire import Json, error_from_json, outcomes_from_json, requ
 from pipeline.errors import DecodeError, UnitError
 
 _STRIKES = 2
+# A film that hangs everywhere, of which hundreds of windows are wanted, would hold its unit up for hours.
+_MOST_HANGS = 3
 
 
 class DecodeProcess:
@@ -54,10 +57,17 @@ class DecodeProcess:
         return self._child.pid if self._child else None
 
     def start(self) -> None:
-        """Begin to start the child, so that the first request need not wait for all of it."""
+        """Begin to start the child, so that the first request need not wait for all of it.
+
+        Raises:
+            UnitError: the system has no process, memory or descriptor for it.
+        """
         with self._state:
             if self._child is None and not self._closed:
-                self._child = ChildProcess(self._child_module, self._limits)
+                try:
+                    self._child = ChildProcess(self._child_module, self._limits)
+                except OSError as error:
+                    raise UnitError(f"cannot start {self._child_module}: {error}") from error
 
     def probe(self, source: MediaSource) -> MediaInfo:
         """What the media is.
@@ -80,9 +90,12 @@ class DecodeProcess:
     def decode(self, *requests: DecodeRequest) -> tuple[DecodeOutcome, ...]:
         """One outcome per window, in order, of requests that go in one message: many small ones then cost less.
 
+        Where the child is lost, every window is decoded by itself, so that its outcome depends on no other. A window
+        that hangs takes two time limits; once three of a request have, its others are taken to hang as well.
+
         Raises:
-            ShardError: a source cannot be opened.
-            UnitError: reading it broke off, or no child can be started.
+            ShardError: a source is not there.
+            UnitError: it cannot be read at the moment, or no child can be started.
         """
         requests = tuple(request for request in requests if request.windows)
         if not requests:
@@ -107,12 +120,8 @@ class DecodeProcess:
         """
         (window,) = request.windows
         for piece in pieces_of(window, piece_frames):
-            with self._busy:
-                single = dataclasses.replace(request, windows=(piece,))
-                outcome = self._decode_single(single, stream_stop=window.start + window.num_frames)
-            if isinstance(outcome, DecodeError):
-                raise outcome
-            yield outcome
+            # No variable holds the frames: they would stay until the next ones come.
+            yield self._decode_piece(dataclasses.replace(request, windows=(piece,)), window.start + window.num_frames)
 
     def close(self) -> None:
         """Kill the child; a request that another thread waits for ends with UnitError."""
@@ -123,24 +132,23 @@ class DecodeProcess:
         with self._busy:
             self._discard_child()
 
-    def _decode_by_window(self, request: DecodeRequest) -> list[DecodeOutcome]:
-        outcomes = dict(self._decode_singles(request))
-        return [outcomes[position] for position in range(len(request.windows))]
-
-    def _decode_singles(self, request: DecodeRequest) -> Iterator[tuple[int, DecodeOutcome]]:
-        """Each window by itself, by the end of the window: a later one decodes all that an earlier one did.
-
-        So once a window has run out of time twice, those after it need not be tried.
-        """
-        windows = request.windows
-        timeout: DecodeError | None = None
-        for position in sorted(range(len(windows)), key=lambda k: windows[k].start + windows[k].num_frames):
-            outcome: DecodeOutcome = timeout or self._decode_single(
-                dataclasses.replace(request, windows=(windows[position],))
-            )
+    def _decode_by_window(self, request: DecodeRequest) -> Iterator[DecodeOutcome]:
+        hangs: list[DecodeError] = []
+        for window in request.windows:
+            if len(hangs) == _MOST_HANGS:
+                yield hangs[-1]
+                continue
+            outcome = self._decode_single(dataclasses.replace(request, windows=(window,)))
             if isinstance(outcome, DecodeError) and outcome.reason == "timeout":
-                timeout = outcome
-            yield position, outcome
+                hangs.append(outcome)
+            yield outcome
+
+    def _decode_piece(self, request: DecodeRequest, stream_stop: int) -> DecodedClip:
+        with self._busy:
+            outcome = self._decode_single(request, stream_stop=stream_stop)
+        if isinstance(outcome, DecodeError):
+            raise outcome
+        return outcome
 
     def _decode_single(
         self, request: DecodeRequest, lost: ChildLost | None = None, stream_stop: int | None = None
@@ -172,9 +180,9 @@ class DecodeProcess:
     def _exchange(self, message: Json, seconds: float) -> Json:
         child = self._running_child()
         try:
-            reply = child.exchange(message | {"seconds": seconds}, seconds)
+            with self._discarding_on_error():
+                reply = child.exchange(message | {"seconds": seconds}, seconds)
         except ChildLost:
-            self._discard_child()
             if self._closed:
                 self._raise_closed()
             raise
@@ -193,11 +201,20 @@ class DecodeProcess:
             self._raise_closed()
         if not child.ready:
             try:
-                child.wait_until_ready()
+                with self._discarding_on_error():
+                    child.wait_until_ready()
             except ChildLost as lost:
-                self._discard_child()
                 raise UnitError(f"cannot start {self._child_module}: {lost.text}; see its stderr") from lost
         return child
+
+    @contextlib.contextmanager
+    def _discarding_on_error(self) -> Iterator[None]:
+        """Whatever breaks a wait off, Ctrl-C too: the reply that is still to come would answer the next request."""
+        try:
+            yield
+        except BaseException:
+            self._discard_child()
+            raise
 
     def _discard_child(self) -> None:
         with self._state:

@@ -19,7 +19,7 @@ from pipeline import worker as worker_module
 from pipeline.buckets import Bucket, BucketConfig
 from pipeline.byte_window import ByteWindow
 from pipeline.clip_streams import StreamPlan
-from pipeline.decode.records import DecodeRequest
+from pipeline.decode.records import DecodeRequest, Window
 from pipeline.decode_requests import Decoders, next_slice, require_unchanged, to_messages, to_requests
 from pipeline.encode_stage import num_callers
 from pipeline.errors import ShardError, StoreError, UnitError
@@ -629,7 +629,7 @@ def test_seconds_say_what_the_encoder_waited_for(make: Callable[..., Setup], mon
 
 
 def clips_in(rows: range, shard: str = "s.tar", per_sample: int = 2) -> list[Clip]:
-    from pipeline.decode.records import MediaInfo, Window
+    from pipeline.decode.records import MediaInfo
     from pipeline.samples import Sample
 
     media = MediaInfo("video", "mp4", "h264", 64, 48, 0, 25.0, 90, 3.6, "yuv420p", 1)
@@ -687,6 +687,13 @@ def test_messages_count_the_windows_of_a_sample() -> None:
     clips = clips_in(range(12), per_sample=3)
     messages = to_messages(clips, recipe_of(4), 7 * CLIP_BYTES)
     assert [[len(request.windows) for request in requests] for requests in messages] == [[3, 3], [3, 3]]
+
+
+def test_messages_count_the_padding() -> None:
+    """As the window does."""
+    clips = [dataclasses.replace(clip, window=Window(0, 1)) for clip in clips_in(range(12), per_sample=1)]
+    messages = to_messages(clips, recipe_of(4), 4 * CLIP_BYTES)
+    assert [len(requests) for requests in messages] == [4, 4, 4]
 
 
 def test_requests_do_not_mix_shards() -> None:

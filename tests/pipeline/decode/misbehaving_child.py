@@ -1,4 +1,6 @@
-"""A decode process that hangs, crashes or eats memory, when asked by the source's key: `<behaviour>@<position>`.
+"""A decode process that hangs, crashes, eats memory, or closes its pipes and lives on.
+
+It is asked to by the source's key: `<behaviour>@<position>`.
 
 The behaviour shows when a window of the request holds that grid position.
 """
@@ -6,6 +8,7 @@ The behaviour shows when a window of the request holds that grid position.
 from __future__ import annotations
 
 import ctypes
+import os
 
 from pipeline.decode import child
 from pipeline.decode.backend import decode_pieces, decode_windows, pieces_of
@@ -19,6 +22,11 @@ def crash():
     ctypes.string_at(0)
 
 
+def fall_mute():
+    os.closerange(3, 64)
+    hang()
+
+
 def eat_memory(limits):
     bytearray(limits.memory_bytes)
 
@@ -26,7 +34,7 @@ def eat_memory(limits):
 def misbehave_in(windows, request, limits):
     behaviour, _, position = request.source.key.partition("@")
     if any(window.start <= int(position) < window.start + window.num_frames for window in windows):
-        {"hang": hang, "crash": crash, "oom": lambda: eat_memory(limits)}[behaviour]()
+        {"hang": hang, "crash": crash, "mute": fall_mute, "oom": lambda: eat_memory(limits)}[behaviour]()
 
 
 def decode_or_misbehave(request, limits, out):

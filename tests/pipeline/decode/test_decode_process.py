@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
+import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
+from pipeline.decode import child_process, frame_memory
 from pipeline.decode.backend import decode_windows, probe_media
 from pipeline.decode.frame_memory import FrameView, SharedFrameMemory
 from pipeline.decode.limits import DecodeLimits
@@ -61,6 +66,11 @@ def summary(outcomes):
         else outcome.reason
         for outcome in outcomes
     ]
+
+
+def open_files():
+    gc.collect()  # frames in the tracebacks of other tests hold maps
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def gone(pid, seconds=5.0):
@@ -194,15 +204,56 @@ def test_only_the_window_that_kills_is_blamed(behaviour, reason, video, tmp_path
         assert "2 times" in str(alone)
 
 
-def test_a_hang_that_holds_the_gil_fails_its_window_and_those_behind_it(video, tmp_path):
+def test_a_hang_that_holds_the_gil_fails_its_window_and_none_behind_it(video, tmp_path):
+    """Windows are asked for together or apart by a flag that no latent may depend on."""
     source = stored(tmp_path, video, key="hang@20")
     with DecodeProcess(IMPATIENT, MISBEHAVING) as process:
         began = time.monotonic()
         outcomes = process.decode(request_of(source, (30, 2), (18, 4), (0, 5), (25, 5)))
-        assert summary(outcomes) == ["timeout", "timeout", (0, 4), "timeout"]
-        # Once together, twice alone; the windows behind it decode the same frames and are not tried.
+        assert summary(outcomes) == [(30, 31), "timeout", (0, 4), (25, 29)]
+        # Once together, twice alone.
         assert time.monotonic() - began < 3 * 0.9 + 4
         assert str(outcomes[1]) == "timeout: hang@20: not done after 1 seconds, 2 times"
+
+
+def test_a_video_that_hangs_everywhere_costs_seven_time_limits_however_many_its_windows(source, monkeypatch):
+    tries = []
+
+    def hang(self, message, seconds):
+        tries.append(message)
+        raise child_process.ChildLost("timeout", "not done")
+
+    monkeypatch.setattr(DecodeProcess, "_exchange", hang)
+    with DecodeProcess(LIMITS) as process:
+        outcomes = process.decode(request_of(source, *((start, 2) for start in range(9))), request_of(source, (0, 5)))
+    assert summary(outcomes) == ["timeout"] * 10
+    assert len(tries) == 1 + 3 * 2 + 2  # together, three windows twice, the other request's twice
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_reply_that_nobody_waited_for_answers_no_other_request(error, source, monkeypatch):
+    wait = child_process._wait
+
+    def interrupted(stdout, stdin, seconds):
+        if stdin is None:  # the message is on its way
+            raise error
+        return wait(stdout, stdin, seconds)
+
+    with DecodeProcess(LIMITS) as process:
+        process.probe(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(child_process, "_wait", interrupted)
+            with pytest.raises(error):
+                process.decode(request_of(source, (0, 5)))
+        (clip,) = process.decode(request_of(source, (20, 5)))
+        assert clip.pts_seconds[0] == pytest.approx(20 / 25)
+
+
+def test_a_child_that_closed_its_pipe_and_lives_on_is_killed(video, tmp_path, monkeypatch):
+    monkeypatch.setattr(child_process, "_END_SECONDS", 0.1)
+    with DecodeProcess(IMPATIENT, MISBEHAVING) as process:
+        (outcome,) = process.decode(request_of(stored(tmp_path, video, key="mute@0"), (0, 5)))
+    assert str(outcome) == "crash: mute@0: the decode process ended with SIGKILL, 2 times"
 
 
 def test_the_child_ends_itself_when_it_hangs_and_its_owner_is_gone(video, tmp_path):
@@ -261,6 +312,28 @@ def test_the_child_has_its_limits(source):
         assert psutil.Process(process.pid).nice() == min(19, psutil.Process().nice() + 5)
 
 
+def test_a_tighter_limit_of_the_system_stands(source):
+    tight = 3 << 30
+    with DecodeProcess(LIMITS) as process:
+        process.start()
+        psutil.Process(process.pid).rlimit(resource.RLIMIT_AS, (tight, tight))
+        assert summary(process.decode(request_of(source, (0, 5)))) == [(0, 4)]
+        assert psutil.Process(process.pid).rlimit(resource.RLIMIT_AS) == (tight, tight)
+
+
+def test_a_system_without_room_for_a_child_is_not_the_medias_fault(source, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    before = open_files()
+    with DecodeProcess(LIMITS) as process:
+        for ask in (lambda: process.probe(source), lambda: process.decode(request_of(source, (0, 1)))):
+            with pytest.raises(UnitError, match=r"cannot start pipeline\.decode\.child: .*Too many open files"):
+                ask()
+        assert open_files() == before
+
+
 def test_a_child_that_cannot_start_is_not_the_medias_fault(source):
     with (
         DecodeProcess(LIMITS, "tests.pipeline.decode.no_such_module") as process,
@@ -270,9 +343,6 @@ def test_a_child_that_cannot_start_is_not_the_medias_fault(source):
 
 
 def test_lost_children_leave_nothing_open(source):
-    def open_files():
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     at_first = open_files()
     with DecodeProcess(LIMITS) as process:
         process.decode(request_of(source, (0, 2)))
@@ -293,7 +363,17 @@ def test_a_closed_process_serves_no_more(source):
         process.probe(source)
 
 
-def test_shared_memory_cannot_be_pulled_away():
+@pytest.fixture(params=["this Python", "a Python built with old headers"])
+def any_python(request, monkeypatch):
+    if request.param == "this Python":
+        return
+    for module, name in ((os, "memfd_create"), (os, "MFD_CLOEXEC"), (os, "MFD_ALLOW_SEALING")):
+        monkeypatch.delattr(module, name)
+    for name in ("F_ADD_SEALS", "F_SEAL_SHRINK"):
+        monkeypatch.delattr(fcntl, name)
+
+
+def test_shared_memory_cannot_be_pulled_away(any_python):
     memory = SharedFrameMemory()
     memory.lend((1, 4, 4, 3))
     with pytest.raises(PermissionError):
@@ -301,7 +381,12 @@ def test_shared_memory_cannot_be_pulled_away():
     memory.close()
 
 
-def test_both_sides_see_the_same_memory_however_it_grows():
+def test_a_system_without_shared_memory_says_so():
+    with pytest.raises(OSError, match="Invalid argument"):
+        frame_memory._libc_memfd_create("a name of 250 letters" * 12, 1)
+
+
+def test_both_sides_see_the_same_memory_however_it_grows(any_python):
     memory = SharedFrameMemory()
     view = FrameView(memory.fd)
     shapes = [(2, 8, 8, 3), (1, 4096, 4096, 3), (9, 16, 16, 3), (2, 4096, 4096, 3), (2, 8, 8, 3)]
@@ -332,6 +417,45 @@ def test_shared_memory_that_is_not_kept_gives_its_pages_back_and_its_place_is_us
     clips = [memory.lend((1, 512, 1024, 3)) for _ in range(8)]
     assert len({offset for _, offset in clips}) == 8
     assert memory.size_bytes == size
+    memory.close()
+
+
+def test_clips_of_many_sizes_share_their_place():
+    memory, before = SharedFrameMemory(), open_files()
+    peak_bytes = 0
+    for rows in range(120, 241):
+        clips = [memory.lend((17, 2 * rows, 320, 3)) for _ in range(8)]
+        peak_bytes = max(peak_bytes, sum(array.nbytes for array, _ in clips))
+        del clips
+    assert memory.size_bytes < 6 * peak_bytes
+    assert open_files() - before < 10
+    memory.close()
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 4096, 4097, 32769, 100_000, 1 << 20, (1 << 20) + 1, 17 * 480 * 832 * 3])
+def test_what_rounding_a_size_up_costs(size_bytes):
+    class_bytes = frame_memory._class_bytes(size_bytes)
+    assert class_bytes % 4096 == 0
+    assert max(1, size_bytes) <= class_bytes <= max(4096 + size_bytes, 1.25 * size_bytes)
+
+
+def test_memory_whose_pages_the_system_keeps_is_used_again(monkeypatch):
+    monkeypatch.setattr(frame_memory.mmap, "MADV_REMOVE", 12345)
+    memory = SharedFrameMemory(keep_bytes=0)
+    for _ in range(100):
+        clips = [memory.lend((1, 1024, 1024, 3)) for _ in range(3)]
+        del clips
+    assert memory.size_bytes == 64 << 20
+    memory.close()
+
+
+def test_a_message_of_several_windows_needs_one_map():
+    memory = SharedFrameMemory()
+    view, shapes = FrameView(memory.fd), [(1, 64, 64, 3), (1, 8192, 4096, 3)]
+    view.array(memory.lend(shapes[0])[1], shapes[0])
+    lent = [memory.lend(shape) for shape in shapes]
+    arrays = [view.array(offset, shape) for (_, offset), shape in zip(lent, shapes, strict=True)]
+    assert arrays[0].base.base.obj is arrays[1].base.base.obj
     memory.close()
 
 

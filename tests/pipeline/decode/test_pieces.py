@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -92,6 +93,14 @@ def test_a_stream_shares_its_process_and_can_be_dropped(source, process):
     assert numbers == [list(range(18)), list(range(40, 58))]
     stream.close()
     assert len(list(process.stream(request_of(source, 0, 12), 6))) == 2
+
+
+def test_a_stream_keeps_no_piece_that_was_taken(source):
+    with ProcessPool(1, LIMITS) as pool:
+        stream = pool.stream(request_of(source, 0, 24), 8)
+        taken = weakref.ref(next(stream).frames)
+        assert taken() is None
+        stream.close()
 
 
 def test_one_window_makes_a_stream(source):

@@ -18,7 +18,7 @@ from pipeline.decode.backend import decode_pieces, decode_windows, probe_media
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, MediaSource, Window
 from pipeline.decode.source import MAX_FETCHED_BYTES, fetched, open_source
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, UnitError
 from tests.clips import stored
 
 LIMITS = DecodeLimits()
@@ -27,15 +27,18 @@ WINDOWS = {"start": (0,), "middle": (80,), "several": (0, 40, 90), "past the end
 
 
 class Bucket:
-    """An object store of one object; `asked` holds (offset, size) of each request."""
+    """An object store of one object; `asked` holds (offset, size) of each request, of which so many succeed."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
+        self.num_answers = 1000
         self.asked: list[tuple[int, int]] = []
 
     def get_range(self, name: str, offset: int, size_bytes: int) -> tuple[bytes, int]:
         if name != "shard.tar":
             raise FileNotFoundError(f"there is no {name}")
+        if len(self.asked) == self.num_answers:
+            raise OSError("SlowDown")
         self.asked.append((offset, size_bytes))
         return self.content[offset : offset + size_bytes], len(self.content)
 
@@ -165,3 +168,24 @@ def test_an_object_that_ends_early_gives_what_it_has(bucket):
 def test_an_object_that_is_not_there(bucket):
     with pytest.raises(ShardError, match=r"cannot read shard s3://videos/gone\.tar"):
         fetched(MediaSource("s3://videos/gone.tar", 0, 100, "video"))
+
+
+@pytest.mark.parametrize("num_answers", [0, 1])
+def test_a_store_that_fails_in_a_decode_is_no_fault_of_the_video(bucket, mp4, num_answers, monkeypatch):
+    monkeypatch.setattr("pipeline.decode.source.MAX_FETCHED_BYTES", num_answers * (mp4.size_bytes - 1))
+    source = put(bucket, mp4)
+    bucket.num_answers = num_answers
+    with pytest.raises(UnitError, match=r"cannot read .*s3://videos/shard\.tar: SlowDown"):
+        decode_windows(request_of(source, (80,)), LIMITS)
+
+
+@pytest.mark.parametrize("num_answers", [0, 1])
+def test_a_store_that_fails_in_an_image_is_no_fault_of_the_image(bucket, tmp_path, num_answers):
+    picture = io.BytesIO()
+    Image.new("RGB", (2000, 1500)).save(picture, "BMP")
+    source = put(bucket, stored(tmp_path, picture.getvalue(), "image"))
+    assert source.size_bytes > MAX_FETCHED_BYTES
+    bucket.num_answers = num_answers
+    request = dataclasses.replace(request_of(source, ()), windows=(Window(0, 1),))
+    with pytest.raises(UnitError, match=r"cannot read .*s3://videos/shard\.tar: SlowDown"):
+        decode_windows(request, LIMITS)
