@@ -74,7 +74,7 @@ def estimate(storage: Storage, recipe: Recipe, source: str, price: Price, flags:
 def _try_bucket(
     storage: Storage, plan: Plan, bucket: Bucket, encoder: VideoEncoder, process: DecodeProcess
 ) -> Trial | None:
-    batch_size = plan.recipe.encode.batch_size
+    batch_size = plan.recipe.batch_size(bucket)
     units = (unit for unit in plan.units() if unit.bucket == bucket)
     unit = next(units, Unit(bucket, 0))
     clips = list(islice(unit_clips(storage, plan, unit), 2 * batch_size))

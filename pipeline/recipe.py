@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ _BYTES_PER_VALUE: dict[StoreDtype, int] = {"float16": 2, "bfloat16": 2, "float32
 _MEGABYTE = 1 << 20
 _UNIT_BYTES = 32 << 20
 _UNIT_ROWS_AT_MOST = 256
+_CALL_PIXELS, _CALL_FRAMES, _BATCH_AT_MOST = 1 << 21, 8, 64
 
 Record = TypeVar("Record")
 
@@ -50,8 +52,9 @@ class EncodeConfig:
     """Type of the stored values. bfloat16 is kept as its bits in uint16."""
     compute_dtype: ComputeDtype = "float32"
     """Type the encoder computes in. bfloat16 is faster on GPUs and shifts the latents."""
-    batch_size: int = 4
-    """Clips per encoder call: fixed slices of a unit's rows, since the batch size changes the last bits."""
+    batch_size: int | None = None
+    """Clips per encoder call: fixed slices of a unit's rows, since the batch size changes the last bits. None: by the
+    bucket, as many as 2 megapixels of at most 8 frames hold, up to 64: 4 clips of 17x256x256, 1 of 81x480x832."""
     chunk_frames: int | None = None
     """Frames per streamed piece after the leading frame; None is the encoder's own default."""
     stream_mb: float = 128.0
@@ -66,11 +69,13 @@ class EncodeConfig:
         _require_word("--posterior", self.posterior, PosteriorMode)
         _require_word("--dtype", self.dtype, StoreDtype)
         _require_word("--compute-dtype", self.compute_dtype, ComputeDtype)
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, got {self.batch_size}")
         if not self.stream_mb > 0:
             raise UsageError(f"--stream-mb must be positive, got {self.stream_mb}")
-        if self.unit_rows is not None and (self.unit_rows < 1 or self.unit_rows % self.batch_size):
+        if self.unit_rows is not None and self.unit_rows < 1:
+            raise UsageError(f"--unit-rows must be at least 1, got {self.unit_rows}")
+        if self.unit_rows is not None and self.unit_rows % (self.batch_size or 1):
             raise UsageError(f"--unit-rows must be a multiple of --batch-size {self.batch_size}, got {self.unit_rows}")
         if self.sample_seed and self.posterior != "sample":
             raise UsageError(f"--sample-seed needs --posterior sample, got --posterior {self.posterior}")
@@ -132,7 +137,9 @@ class Recipe:
 
     def batch_size(self, bucket: Bucket) -> int:
         """Clips per encoder call."""
-        return 1 if self.streams(bucket) else self.encode.batch_size
+        if self.streams(bucket):
+            return 1
+        return self.encode.batch_size or math.gcd(default_batch_size(bucket), self.encode.unit_rows or 0)
 
     def unit_rows(self, bucket: Bucket) -> int:
         """S, the rows of a unit: whole encoder batches."""
@@ -145,6 +152,13 @@ class Recipe:
     def fingerprint(self) -> str:
         """sha256 of the recipe and the format version."""
         return fingerprint({"format_version": FORMAT_VERSION, "recipe": to_tree(self)})
+
+
+def default_batch_size(bucket: Bucket) -> int:
+    """A power of two, so that a call has about the same work in every bucket, whose frames come 8 at a time. Pure."""
+    pixels = min(bucket.num_frames, _CALL_FRAMES) * bucket.height * bucket.width
+    fitting = max(1, min(_BATCH_AT_MOST, _CALL_PIXELS // pixels))
+    return 1 << fitting.bit_length() - 1
 
 
 def fingerprint(tree: object) -> str:

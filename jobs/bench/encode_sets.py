@@ -29,7 +29,7 @@ _DAMAGE = bytes(range(256)) * 8
 class BenchSet:
     """What one tar of a set holds, how clips are cut from it, and in how large an encoder call they go.
 
-    good_clips: how many clips of one tar can be decoded.
+    good_clips: how many clips of one tar can be decoded. batch_size: of tiny ones what a recipe takes by itself.
     """
 
     about: str
@@ -123,7 +123,11 @@ SETS: Mapping[str, BenchSet] = MappingProxyType(
             38,
         ),
         "tiny": BenchSet(
-            "many clips of 9 frames at 64x64: overhead", _tiny, ("--frames", "9", "--sizes", "64x64"), 128
+            "many clips of 9 frames at 64x64: overhead",
+            _tiny,
+            ("--frames", "9", "--sizes", "64x64"),
+            128,
+            batch_size=64,
         ),
         "huge": BenchSet(
             "few clips of 81 frames at 480x832", _huge, ("--frames", "81", "--sizes", "480x832"), 2, batch_size=1

@@ -39,12 +39,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
     filters = FilterConfig(
         min_width=draw(st.none() | st.integers(1, 99)), keep=draw(st.sampled_from([None, "fps > 1"]))
     )
-    batch_size = draw(st.integers(1, 5))
+    batch_size = draw(st.none() | st.integers(1, 5))
     encode = EncodeConfig(
         posterior=draw(st.sampled_from(["mean", "moments"])),
         dtype=draw(st.sampled_from(["float16", "float32", "bfloat16"])),
         batch_size=batch_size,
-        unit_rows=draw(st.none() | st.integers(1, 4).map(lambda batches: batches * batch_size)),
+        unit_rows=draw(st.none() | st.integers(1, 4).map(lambda batches: batches * (batch_size or 1))),
         chunk_frames=draw(st.sampled_from([None, 4, 8])),
     )
     return Recipe(FAKE_CARD, sampling, buckets, filters, encode, "pyav", draw(st.none() | st.text(max_size=3)))
@@ -132,6 +132,31 @@ def test_the_default_unit_is_about_32_mb_of_whole_batches() -> None:
     assert fake_recipe(encode=EncodeConfig(batch_size=32)).unit_rows(large) == 13
 
 
+@pytest.mark.parametrize(
+    ("bucket", "batch_size"),
+    [
+        (Bucket(17, 256, 256), 4),
+        (Bucket(17, 256, 288), 2),
+        (Bucket(81, 480, 832), 1),
+        (Bucket(1, 512, 512), 8),
+        (Bucket(1, 1024, 1024), 2),
+        (Bucket(9, 64, 64), 64),
+        (Bucket(1, 32, 32), 64),
+    ],
+)
+def test_small_clips_share_an_encoder_call(bucket: Bucket, batch_size: int) -> None:
+    assert fake_recipe(encode=EncodeConfig(stream_mb=300)).batch_size(bucket) == batch_size
+    assert fake_recipe(encode=EncodeConfig(stream_mb=300)).unit_rows(bucket) % batch_size == 0
+    assert fake_recipe(encode=EncodeConfig(batch_size=3, stream_mb=300)).batch_size(bucket) == 3
+
+
+def test_batches_divide_the_unit_rows_that_are_asked_for() -> None:
+    tiny = Bucket(9, 64, 64)
+    assert [fake_recipe(encode=EncodeConfig(unit_rows=rows)).batch_size(tiny) for rows in (1, 12, 96, 128)] == [
+        1, 4, 32, 64,
+    ]  # fmt: skip
+
+
 def test_long_clips_stream_alone_when_the_encoder_is_causal() -> None:
     recipe = fake_recipe(encode=EncodeConfig(batch_size=4, stream_mb=1))
     short, long = Bucket(1, 512, 682), Bucket(1, 512, 683)  # 1 MiB is 512 x 682.67 pixels
@@ -164,6 +189,7 @@ def test_sizes_off_the_grid_are_refused_with_the_nearest() -> None:
     [
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"stream_mb": 0}, "--stream-mb must be positive, got 0"),
+        ({"unit_rows": 0}, "--unit-rows must be at least 1, got 0"),
         ({"batch_size": 4, "unit_rows": 6}, "--unit-rows must be a multiple of --batch-size 4, got 6"),
         ({"sample_seed": 1}, "--sample-seed needs --posterior sample, got --posterior mean"),
         ({"dtype": "float64"}, "--dtype is one of float16, float32, bfloat16, got 'float64'"),
