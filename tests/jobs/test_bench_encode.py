@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from jobs.bench.encode import _held_to
 from jobs.bench.encode_bare import encoder_alone, stages
 from jobs.bench.encode_child import CONTENDERS, Batcher, Work, decode_decord, decode_pyav
 from jobs.bench.encode_report import against, bound_seconds, goals, over_bound, slower_of_ours, to_markdown
-from jobs.bench.encode_runs import Job, run_contender, samples_of
+from jobs.bench.encode_runs import Job, bare_stages, run_contender, samples_of
 from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
 from jobs.bench.processes import watch
 from jobs.prepare import open_encoder
@@ -220,6 +221,15 @@ class TestRuns:
         cell = run_contender(job, "plain")
         assert cell["clips"] in range(job.good_clips, job.clips + 1)
         assert 0 < cell["seconds"] < cell["total_seconds"]
+
+    @pytest.mark.slow
+    def test_stages_beside_an_encoder_on_a_gpu_encode_with_one_that_takes_no_time(
+        self, job: Job, tmp_path: Path
+    ) -> None:
+        """The job's own encoder is never opened: nothing is at its path, and there is no GPU."""
+        on_gpu = dataclasses.replace(job, scratch=tmp_path, encoder=str(tmp_path / "none"), device="cuda")
+        found = bare_stages(on_gpu, job.scratch / "pilot", 1)
+        assert found["decode_cpu_seconds"] > 10 * found["encode_cpu_seconds"] > 0
 
     @pytest.mark.slow
     def test_a_contender_that_dies_is_a_cell(self, job: Job) -> None:
