@@ -31,12 +31,11 @@ from pipeline.unit_job import UnitJob
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A batch of a job, and its bytes in the window; `place` is its first clip's in the job, `start` its first row."""
+    """A batch of a job, and its bytes in the window; `place` is its first clip's in the job."""
 
     job: UnitJob
     num_bytes: int
     place: int
-    start: int
     batch: Batch
 
 
@@ -46,7 +45,6 @@ class Encoded:
 
     job: UnitJob
     place: int
-    start: int
     batch: Batch
     posterior: Posterior | None
 
@@ -98,8 +96,7 @@ class Caller:
         began = time.perf_counter()
         posterior = encode_batch(self._encoder, self._plan.recipe, item.batch)
         item.job.spend(encode=(time.perf_counter() - began) * self._share)
-        batch = dataclasses.replace(item.batch, frames=None)
-        return Encoded(item.job, item.place, item.start, batch, posterior)
+        return Encoded(item.job, item.place, dataclasses.replace(item.batch, frames=None), posterior)
 
     def _encode_piece(self, piece: Piece) -> UnitJob | None:
         """The job when it is complete."""

@@ -149,7 +149,7 @@ class EncodeWorker:
             place, job.batched_clips = job.batched_clips, job.batched_clips + len(clips)
             job.spend(batch=time.perf_counter() - began)
             num_bytes = len(clips) * clips[0].decoded_bytes
-            self._batched.put(Slice(job, num_bytes, place, clips[0].row - first_row, batch))
+            self._batched.put(Slice(job, num_bytes, place, batch))
             del batch  # or its frames would stay until there is another one
 
     # rows, write
@@ -161,7 +161,8 @@ class EncodeWorker:
         job = done.job
         began = time.perf_counter()
         rows, results = to_rows(self._plan.recipe, done.batch, done.posterior)
-        job.rows[done.start : done.start + len(rows)] = rows
+        start = done.batch.clips[0].row - self._plan.first_row(job.unit)
+        job.rows[start : start + len(rows)] = rows
         job.results.update(enumerate(results, start=done.place))
         job.spend(rows=time.perf_counter() - began)
         if len(job.results) == len(job.clips):

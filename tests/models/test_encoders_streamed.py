@@ -196,6 +196,10 @@ def test_a_call_that_fails_leaves_nothing_behind(name, tmp_path, monkeypatch):
     assert torch.equal(again.mean, wanted.mean)
 
 
+def test_only_models_that_keep_a_stream_in_their_layers_take_turns(saved):
+    assert saved.encoder.one_at_a_time == (type(saved.module).__name__ in {"AutoencoderVidTok", "AutoencoderKLMagvit"})
+
+
 def test_threads_may_share_an_encoder(saved):
     clips = [saved.clip(latent_frames=5), 255 - saved.clip(latent_frames=5)]
     serial = [saved.encoder.encode(clip, chunk_frames=saved.temporal).mean for clip in clips]

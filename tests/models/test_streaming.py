@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.pixels import to_pixels
-from models.spec import EncoderCard, GeometryError, Normaliser, Posterior
+from models.spec import EncoderCard, Geometry, GeometryError, Normaliser, Posterior
 from models.streamed import ChunkedEncoder
 from tests.fakes import FakeEncoder
 from tests.narrow import BACKBONES, difference_std, native_encoder, random_frames, random_model
@@ -279,3 +279,15 @@ def test_the_fake_encoder_streams_as_it_encodes():
     assert torch.equal(mean, wanted.mean)
     assert torch.equal(logvar, wanted.logvar)
     assert isinstance(stream.push(frames[:, :1]), Posterior)
+
+
+def test_calls_run_beside_each_other_on_cpus_only():
+    class Nowhere:
+        one_at_a_time = False
+
+        def to(self, device, dtype):
+            pass
+
+    card = EncoderCard("n", "n", Geometry(4, 8, 4), Normaliser((0.0,), (1.0,)), "0" * 64, posterior=True)
+    devices = ("cpu", "cuda")
+    assert [ChunkedEncoder(card, Nowhere(), device, torch.float32).one_at_a_time for device in devices] == [False, True]
