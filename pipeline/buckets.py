@@ -10,9 +10,9 @@ Errors: UsageError from a config, or a size off the encoder's grid; ValueError f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import get_args
 
@@ -115,7 +115,8 @@ def resolve_sizes(config: BucketConfig, spatial_stride: int) -> tuple[Size, ...]
     return tuple(sorted(set(sizes)))
 
 
-def choose_size(sizes: Sequence[Size], height: int, width: int) -> Size:
+@functools.lru_cache(maxsize=4096)  # Videos have few shapes, and exact fractions are slow.
+def choose_size(sizes: tuple[Size, ...], height: int, width: int) -> Size:
     """The size whose aspect ratio is nearest to height x width, by the distance of logarithms.
 
     Among equally near ones: the largest that needs no upscaling, else the smallest.
@@ -162,7 +163,7 @@ def _size_of_ratio(ratio: str, pixel_budget: int, stride: int) -> Size:
             "raise it, or leave the ratio out of aspect_ratios"
         )
     largest = max(height * width for height, width in around)
-    return choose_size([size for size in around if size[0] * size[1] == largest], high, wide)
+    return choose_size(tuple(size for size in around if size[0] * size[1] == largest), high, wide)
 
 
 def _parse_size(text: str) -> Size:

@@ -69,9 +69,15 @@ def commit(
     absent[held] = False
     rows[absent] = stored_nan(recipe.encode.dtype)
     put = _put_shard(storage, recipe, unit, rows, absent)
-    lines = [
-        _line(recipe, clip, result, put.rows[clip.row - first_row]) for clip, result in zip(clips, results, strict=True)
-    ]
+    statistics = _channel_statistics(put.rows, recipe.encode.dtype)
+    lines = []
+    for clip, result in zip(clips, results, strict=True):
+        place = clip.row - first_row
+        if isinstance(result, SampleError):
+            outcome = _failure(result)
+        else:
+            outcome = _latent(result, put.rows[place], statistics[place])
+        lines.append(_line(recipe, clip, outcome))
     fragment = ledger.to_parquet(lines, plan.generation_of(unit).fingerprint)
     won = storage.put_if_absent(ledger.unit_name(unit), fragment)
     if not won and put.replaced is not None:
@@ -130,7 +136,7 @@ def _are_same(there: np.ndarray, rows: np.ndarray, absent: np.ndarray, recipe: R
     return not difference.size or bool(difference.max() <= _DEVICE_TOLERANCE * values[~absent].std())
 
 
-def _line(recipe: Recipe, clip: Clip, result: RowResult, row: np.ndarray) -> LedgerRow:
+def _line(recipe: Recipe, clip: Clip, outcome: dict[str, Any]) -> LedgerRow:
     sample, media = clip.sample, clip.media
     return LedgerRow(
         key=sample.key,
@@ -148,7 +154,7 @@ def _line(recipe: Recipe, clip: Clip, result: RowResult, row: np.ndarray) -> Led
         source_fps=media.fps,
         caption=caption(sample, recipe),
         metadata=sample.metadata,
-        **(_failure(result) if isinstance(result, SampleError) else _latent(result, row, recipe)),
+        **outcome,
     )
 
 
@@ -156,8 +162,8 @@ def _failure(error: SampleError) -> dict[str, Any]:
     return {"status": FAILED, "reason": error.reason, "detail": error.detail}
 
 
-def _latent(facts: RowFacts, row: np.ndarray, recipe: Recipe) -> dict[str, Any]:
-    minima, maxima, means, variances = _channel_statistics(row, recipe.encode.dtype)
+def _latent(facts: RowFacts, row: np.ndarray, statistics: Sequence[list[float]]) -> dict[str, Any]:
+    minima, maxima, means, variances = statistics
     return {
         "status": WRITTEN,
         "decoder": facts.decoder,
@@ -170,15 +176,16 @@ def _latent(facts: RowFacts, row: np.ndarray, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _channel_statistics(row: np.ndarray, dtype: StoreDtype) -> list[list[float]]:
-    """Minima, maxima, means and variances of a stored row's channels.
+def _channel_statistics(rows: np.ndarray, dtype: StoreDtype) -> list[list[list[float]]]:
+    """Minima, maxima, means and variances of every stored row's channels; NaN for a row that is absent.
 
-    In groups of channels: a film's latent is large, and takes four times the memory as float64.
+    In groups of channels: many small rows at once, and little of a film's latent, which takes four times the memory as
+    float64.
     """
-    channels = row.reshape(len(row), -1)
+    num_rows, num_channels = rows.shape[:2]
+    channels = rows.reshape(num_rows * num_channels, -1)
     group = max(1, _GROUP_VALUES // channels.shape[1])
-    groups = (to_float64(channels[start : start + group], dtype) for start in range(0, len(row), group))
-    statistics: list[list[float]] = np.hstack(
-        [[v.min(axis=1), v.max(axis=1), v.mean(axis=1), v.var(axis=1)] for v in groups]
-    ).tolist()
-    return statistics
+    groups = (to_float64(channels[start : start + group], dtype) for start in range(0, len(channels), group))
+    statistics = np.hstack([[v.min(axis=1), v.max(axis=1), v.mean(axis=1), v.var(axis=1)] for v in groups])
+    by_row: list[list[list[float]]] = statistics.reshape(4, num_rows, num_channels).swapaxes(0, 1).tolist()
+    return by_row

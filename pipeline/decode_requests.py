@@ -62,11 +62,16 @@ def next_slice(clips: Sequence[Clip], done: int, recipe: Recipe, first_row: int)
 
 def to_requests(clips: Sequence[Clip], recipe: Recipe, group_bytes: int) -> list[DecodeRequest]:
     """Neighbouring windows of one sample become one request, so that they share a pass, up to `group_bytes`. Pure."""
+    bucket, positions = clips[0].bucket, grid(recipe.sampling)
+    shape = ClipShape(bucket.height, bucket.width, recipe.buckets.fit, recipe.buckets.filter)
+    step = max(1, group_bytes // clips[0].decoded_bytes)
     requests = []
     for _, group in groupby(clips, key=lambda clip: (clip.shard_url, clip.sample.offset)):
         same = list(group)
-        step = max(1, group_bytes // same[0].decoded_bytes)
-        requests += [_request(same[start : start + step], recipe) for start in range(0, len(same), step)]
+        source = _source(same[0])
+        for start in range(0, len(same), step):
+            windows = tuple(clip.window for clip in same[start : start + step])
+            requests.append(DecodeRequest(source, positions, windows, shape, recipe.decoder))
     return requests
 
 
@@ -92,13 +97,9 @@ def to_messages(clips: Sequence[Clip], recipe: Recipe, group_bytes: int) -> list
     return messages
 
 
-def _request(clips: Sequence[Clip], recipe: Recipe) -> DecodeRequest:
-    clip = clips[0]
+def _source(clip: Clip) -> MediaSource:
     sample = clip.sample
-    source = MediaSource(clip.shard_url, sample.offset, sample.size_bytes, clip.media.kind, sample.key)
-    shape = ClipShape(clip.bucket.height, clip.bucket.width, recipe.buckets.fit, recipe.buckets.filter)
-    windows = tuple(clip.window for clip in clips)
-    return DecodeRequest(source, grid(recipe.sampling), windows, shape, recipe.decoder)
+    return MediaSource(clip.shard_url, sample.offset, sample.size_bytes, clip.media.kind, sample.key)
 
 
 def require_unchanged(shard: ShardRef) -> None:

@@ -76,7 +76,7 @@ def test_a_config_that_contradicts_itself_is_refused(options, message):
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=8), SIDES, SIDES)
+@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=8).map(tuple), SIDES, SIDES)
 def test_the_chosen_size_has_the_nearest_aspect_whatever_the_order(sizes, height, width):
     chosen = choose_size(sizes, height, width)
 
@@ -102,18 +102,18 @@ def test_the_chosen_size_has_the_nearest_aspect_whatever_the_order(sizes, height
     ],
 )
 def test_among_equal_aspects_the_largest_without_upscaling_else_the_smallest(height, width, expected):
-    sizes = [(144, 256), (288, 512), (576, 1024), (512, 288), (256, 256), (512, 512)]
+    sizes = ((144, 256), (288, 512), (576, 1024), (512, 288), (256, 256), (512, 512))
     assert choose_size(sizes[:2] + sizes[3:], height, width) == expected
 
 
 def test_opposite_aspects_are_equally_far_from_a_square():
-    assert choose_size([(32, 96), (192, 64)], 48, 48) == (32, 96)
-    assert choose_size([(32, 96), (192, 64)], 500, 500) == (192, 64)
+    assert choose_size(((32, 96), (192, 64)), 48, 48) == (32, 96)
+    assert choose_size(((32, 96), (192, 64)), 500, 500) == (192, 64)
 
 
 def test_a_sample_without_pixels_is_a_sample_error():
     with pytest.raises(SampleError) as caught:
-        choose_size([(256, 256)], 0, 640)
+        choose_size(((256, 256),), 0, 640)
     assert caught.value.reason == "no_pixels"
 
 

@@ -15,7 +15,7 @@ from pipeline.placement import Clip
 from pipeline.plan import Plan, Unit
 from pipeline.recipe import EncodeConfig, StoreDtype
 from pipeline.storage import LocalStorage
-from pipeline.store import checksum, encode_shard, read_unit, shard_name, to_float32, to_stored
+from pipeline.store import checksum, encode_shard, read_unit, shard_name, stored_nan, to_float32, to_stored
 from tests.fakes import FakeEncoder, fake_recipe
 from tests.plans import clips_of, encode_rows, encode_unit, fragment, media_info, planned_store
 
@@ -111,25 +111,29 @@ def rows_of_every_size(dtype: StoreDtype) -> Iterator[np.ndarray]:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 def test_statistics_are_those_of_each_channel_by_itself(monkeypatch: pytest.MonkeyPatch, dtype: StoreDtype) -> None:
-    """To the last bit, however many channels are taken at a time."""
+    """To the last bit, however many channels and rows are taken at a time."""
     for row in rows_of_every_size(dtype):
-        channels = [to_float32(channel, dtype).astype(np.float64) for channel in row]
-        expected = [
-            [float(channel.min()) for channel in channels],
-            [float(channel.max()) for channel in channels],
-            [float(channel.mean()) for channel in channels],
-            [float(channel.var()) for channel in channels],
-        ]
-        for most in (1, 2 * row[0].size, 2 * row[0].size + 1, 1 << 18):
+        rows = np.stack([row, row[::-1], row])
+        rows[1] = stored_nan(dtype)
+        of_row = statistics_by_channel(row, dtype)
+        expected = np.array([of_row, np.full_like(of_row, np.nan), of_row])
+        for most in (1, 2 * row[0].size, 2 * row[0].size + 1, (len(row) + 1) * row[0].size, 1 << 18):
             monkeypatch.setattr(pipeline.commit, "_GROUP_VALUES", most)
-            assert np.array(_channel_statistics(row, dtype)).tobytes() == np.array(expected).tobytes()
+            found = np.array(_channel_statistics(rows, dtype))
+            np.testing.assert_array_equal(found, expected)
+            assert found[0].tobytes() == expected[0].tobytes()  # Of zeros the sign, too.
+
+
+def statistics_by_channel(row: np.ndarray, dtype: StoreDtype) -> np.ndarray:
+    channels = [to_float32(channel, dtype).astype(np.float64) for channel in row]
+    return np.array([[getattr(v, name)() for v in channels] for name in ("min", "max", "mean", "var")])
 
 
 def test_statistics_of_a_large_latent_take_little_memory() -> None:
     row = np.ones((64, 4, 256, 256), np.float16)
     tracemalloc.start()
     try:
-        _channel_statistics(row, "float16")
+        _channel_statistics(row[None], "float16")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
