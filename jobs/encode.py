@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from jobs.flags import EngineFlags
-from jobs.prepare import decode_limits, describe_encoder, index_shards, make_plan, make_recipe, open_encoder
+from jobs.prepare import decode_limits, describe_encoder, index_shards, make_plan, make_recipe, ready_encoder
 from jobs.progress import Reporter
 from jobs.start_times import StartTimes
 from jobs.store_config import Encode
@@ -125,7 +125,7 @@ def _engine(
     hint = " (--device auto found no GPU; --device cuda insists on one)" if is_fallback else ""
     print(f"encode: the encoder runs on {device}{hint}", file=sys.stderr)
     if pool is None:
-        engine = _ray_engine(storage, plan, source, flags, device)
+        engine = _ray_engine(storage, source, flags, device)
     else:
         engine = _local_engine(storage, plan, source, flags, device, pool)
     try:
@@ -153,11 +153,11 @@ def _local_engine(
 
     torch.set_num_threads(flags.encode_threads)
     pool.start()  # while the encoder loads
-    encoder = open_encoder(source, device, plan.recipe.encode.compute_dtype)
+    encoder = ready_encoder(source, device, plan)
     return LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE, flags.encode_threads)
 
 
-def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags, device: str) -> Engine:
+def _ray_engine(storage: Storage, source: str, flags: EngineFlags, device: str) -> Engine:
     from jobs.ray_cluster import cluster_nodes, node_share
     from jobs.ray_engine import RayEngine, WorkerSpec
 
@@ -168,7 +168,6 @@ def _ray_engine(storage: Storage, plan: Plan, source: str, flags: EngineFlags, d
             store_url=storage.url,
             encoder_source=source,
             device=device,
-            compute_dtype=plan.recipe.encode.compute_dtype,
             encode_threads=flags.encode_threads,
             share=share,
             window_bytes=flags.window_mb * _MEGABYTE,

@@ -106,8 +106,8 @@ class TrialFlags(DecodeFlags):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the encoder runs; auto takes CUDA when there is one."""
     encode_threads: int = 1
-    """CPU threads of each encode worker: several are shared by two encoder calls at a time. Fixed, since the number may
-    change the last bits of a latent on a CPU."""
+    """CPU threads of each encode worker: of several, two encoder calls at a time take half each. Fixed, since their
+    number may change the last bits of a latent on a CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,7 +133,8 @@ class PlacementFlags(ClusterFlags, abc.ABC):
     workers: int = 1
     """Workers of the job (one GPU each with --device cuda)."""
     window_mb: int = 512
-    """Decoded frames that a worker may hold or wait for."""
+    """Decoded frames that a worker may hold or wait for: two clips for each of its decode processes and four encoder
+    batches leave nothing idle."""
     decode_placement: Literal["worker", "cluster"] = "worker"
     """With Ray: decode in processes beside each worker, which share its node's CPUs (nothing crosses the network), or
     in tasks on any node (for GPU nodes that have too few CPUs)."""

@@ -154,6 +154,20 @@ def open_encoder(source: str, device: str = "cpu", compute_dtype: str = "float32
         raise UsageError(f"the encoder {source} cannot be loaded: {error}") from error
 
 
+def ready_encoder(source: str, device: str, plan: Plan) -> VideoEncoder:
+    """A plan's encoder on its device; what a GPU spends at its first calls is spent.
+
+    Raises:
+        UsageError: it cannot be loaded. JobError: the GPU has no memory for the plan's largest call.
+    """
+    from pipeline.encoder_call import warm_up
+
+    encoder = open_encoder(source, device, plan.recipe.encode.compute_dtype)
+    if device != "cpu":
+        warm_up(encoder, plan)
+    return encoder
+
+
 def run_plan(command: PlanCommand) -> int:
     """`latentmill plan --store S --encoder E`."""
     storage = open_storage(command.store)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any
 
 from jobs.flags import TrialFlags
 from jobs.prepare import decode_limits, open_encoder
@@ -51,7 +53,7 @@ def estimate(storage: Storage, recipe: Recipe, source: str, price: Price, flags:
     decode_total = encode_total = 0.0
     with DecodeProcess(decode_limits(flags)) as process:
         for bucket in plan.buckets:
-            trial = _try_bucket(storage, plan, bucket, encoder, process)
+            trial = _try_bucket(storage, plan, bucket, encoder, process, flags.encode_threads)
             if trial is None:
                 yield f"probe {bucket.name}: none of the first clips can be decoded; no estimate for this bucket"
                 continue
@@ -72,7 +74,7 @@ def estimate(storage: Storage, recipe: Recipe, source: str, price: Price, flags:
 
 
 def _try_bucket(
-    storage: Storage, plan: Plan, bucket: Bucket, encoder: VideoEncoder, process: DecodeProcess
+    storage: Storage, plan: Plan, bucket: Bucket, encoder: VideoEncoder, process: DecodeProcess, threads: int
 ) -> Trial | None:
     batch_size = plan.recipe.batch_size(bucket)
     units = (unit for unit in plan.units() if unit.bucket == bucket)
@@ -81,13 +83,23 @@ def _try_bucket(
     decoded, decode_seconds = _decode(plan.recipe, clips, process)
     if not decoded:
         return None
-    slice_ = decoded[:batch_size]
-    seconds = []
-    for _ in range(2):  # The first call warms up.
-        started = time.perf_counter()
-        encode_slice(encoder, plan.recipe, [clip for clip, _ in slice_], [outcome for _, outcome in slice_])
-        seconds.append(time.perf_counter() - started)
-    return Trial(decode_seconds / len(clips), seconds[-1] / batch_size)
+    slice_ = [list(part) for part in zip(*decoded[:batch_size], strict=True)]
+    return Trial(decode_seconds / len(clips), _encode(encoder, plan.recipe, slice_, threads) / batch_size)
+
+
+def _encode(encoder: VideoEncoder, recipe: Recipe, slice_: list[Any], threads: int) -> float:
+    """Seconds per slice, of as many at a time as a worker encodes."""
+    import torch
+
+    from pipeline.encode_stage import num_callers
+
+    callers = num_callers(encoder, recipe, threads)
+    with ThreadPoolExecutor(callers, initializer=torch.set_num_threads, initargs=(threads // callers,)) as pool:
+        for _ in range(2):  # The first call warms up.
+            started = time.perf_counter()
+            list(pool.map(lambda _: encode_slice(encoder, recipe, *slice_), range(callers)))
+            seconds = time.perf_counter() - started
+    return seconds / callers
 
 
 def _decode(recipe: Recipe, clips: list[Clip], process: DecodeProcess) -> tuple[list[tuple[Clip, DecodedClip]], float]:

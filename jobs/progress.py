@@ -30,6 +30,7 @@ from pipeline.store import library_versions
 from pipeline.unit_job import UnitReport
 
 _PATIENCE_SECONDS = 60.0
+_IDLE_DECODERS = 0.6  # share of the decode processes that are at work, under which it is not cores that are short
 _BUSY_ENOUGH = 0.05  # an encoder that waits less than this share of its time is the limit itself
 
 
@@ -101,8 +102,17 @@ class Reporter:
             _say(first_unit_line(self._start_times, self._first_unit))
             for line in time_lines(progress):
                 _say(line)
-            _say(advice(progress, min(self._flags.workers, self._units_left)))
+            workers = min(self._flags.workers, self._units_left)
+            _say(advice(progress, workers, self._decode_processes(workers, places)))
         self._storage.put(self._name, json.dumps(self._log(outcome, seconds, places), indent=2).encode())
+
+    def _decode_processes(self, workers: int, places: dict[str, Any]) -> int:
+        """Those that had enough to do, were it not for the flags; 0 when nobody knows."""
+        if self._units_left < 2 * workers * self._flags.units_in_flight:
+            return 0  # They were idle at the job's start and end, which is most of it.
+        if self._flags.local:
+            return self._flags.decode_processes
+        return sum(place["decode_processes"] or 0 for place in places.values())
 
     def _log(self, outcome: str, seconds: float, places: dict[str, Any]) -> dict[str, Any]:
         progress = self._controller.progress
@@ -156,8 +166,11 @@ def time_lines(progress: Progress) -> tuple[str, str]:
     return shares, "stages: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items())
 
 
-def advice(progress: Progress, workers: int) -> str:
-    """What would make this job faster, in one line. Pure."""
+def advice(progress: Progress, workers: int, processes: int = 0) -> str:
+    """What would make this job faster, in one line. Pure.
+
+    processes: that decode beside the workers; 0 when nobody knows how many.
+    """
     if not progress.encode_seconds:
         return "nothing was encoded, so nothing is known of its speed; `latentmill status` says what failed"
     idle = 1 - progress.busy_share
@@ -173,6 +186,12 @@ def advice(progress: Progress, workers: int) -> str:
         return f"read-bound: {waited} for frames, while decoding waited for bytes, or for cores that others used"
     # What decoding costs, over what encoding alone would take, less the cores that it had.
     wanted, had = (progress.decode_seconds / seconds for seconds in (progress.encode_seconds, progress.span_seconds))
+    at_work = workers * (progress.decode_seconds + progress.read_seconds) / progress.span_seconds
+    if at_work < _IDLE_DECODERS * processes:
+        return (
+            f"feed-bound: {waited} for frames, while of {processes} decode processes {at_work:.1f} were at work; a "
+            "larger --window-mb or --units-in-flight gives them more to do at a time"
+        )
     more = max(1, math.ceil(workers * (wanted - had)))
     cores = "core" if more == 1 else "cores"
     return f"decode-bound: {waited} for frames; about {more} more decode {cores} would keep them busy"

@@ -50,7 +50,6 @@ class WorkerSpec:
     store_url: str
     encoder_source: str
     device: str
-    compute_dtype: str
     encode_threads: int
     share: NodeShare
     window_bytes: int
@@ -70,14 +69,14 @@ class EncodeActor:
         """Load the encoder and start the threads; where the worker lives."""
         import torch
 
-        from jobs.prepare import open_encoder
+        from jobs.prepare import ready_encoder
         from pipeline.worker import EncodeWorker
 
         torch.set_num_threads(self._spec.encode_threads)
         decoders = self._decoders()
-        encoder = open_encoder(self._spec.encoder_source, self._spec.device, self._spec.compute_dtype)
         storage = open_storage(self._spec.store_url)
         plan = load_plan(storage, open_header(storage).recipe)
+        encoder = ready_encoder(self._spec.encoder_source, self._spec.device, plan)
         self._worker = EncodeWorker(
             encoder, decoders, storage, plan, self._spec.window_bytes, _die, self._spec.encode_threads
         )

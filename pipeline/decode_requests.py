@@ -36,7 +36,7 @@ class Decoders(Protocol):
     """Where decode requests go: processes of this machine, or tasks of a cluster."""
 
     def submit(self, *requests: DecodeRequest) -> PendingDecode:
-        """Start decoding; the outcomes are of all requests, one after another."""
+        """Start decoding; the outcomes are of all requests, one after another. What breaks it is told by `result`."""
         ...
 
     def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:

@@ -3,7 +3,8 @@
 In:   a slice's decoded clips (or errors) in row order, or the pieces of one clip; the encoder.
 Out:  stored rows [n, C, t, h, w] of its n clips and, per clip, RowFacts or the error.
 Cost: one encoder call per slice, always at the full batch size; of a long clip one piece, the encoder's state, the row.
-Errors: none for bad clips, they are results; the encoder's own exceptions pass through.
+Errors: none for bad clips, they are results; UnitError for a call that does not fit the GPU's memory; the encoder's own
+        exceptions pass through.
 
 A failed clip and the missing tail of a short slice are zeros in the batch: on most hardware the batch size changes the
 last bits of a latent, so it must not depend on what failed. A long clip has the encoder to itself, and gets what a
@@ -26,6 +27,7 @@ from models.spec import Posterior, VideoEncoder
 from pipeline.commit import RowFacts, RowResult
 from pipeline.decode.frame_memory import FrameMemory
 from pipeline.decode.records import DecodedClip, DecodeOutcome
+from pipeline.encoder_call import encode_frames, push_frames
 from pipeline.errors import SampleError
 from pipeline.placement import Clip
 from pipeline.recipe import Recipe, StoreDtype
@@ -102,7 +104,7 @@ def encode_batch(encoder: VideoEncoder, recipe: Recipe, batch: Batch) -> Posteri
     """What the encoder makes of a batch, its zeros included; None for a batch without frames."""
     if batch.frames is None:
         return None
-    return encoder.encode(torch.from_numpy(batch.frames), recipe.encode.chunk_frames)
+    return encode_frames(encoder, recipe, batch.clips[0].bucket, torch.from_numpy(batch.frames))
 
 
 def to_rows(recipe: Recipe, batch: Batch, posterior: Posterior | None) -> tuple[np.ndarray, list[RowResult]]:
@@ -186,7 +188,7 @@ class StreamedClip:
         # Frames in a cluster's shared memory are read-only, which a tensor cannot be.
         own = frames if frames.flags.writeable else frames.copy()
         with self._timer.running():
-            posterior = self._stream.push(torch.from_numpy(own)[None])
+            posterior = push_frames(self._stream, self._clip.bucket, torch.from_numpy(own)[None])
         self._store(posterior)
 
     def _store(self, posterior: Posterior | None) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from models.spec import Posterior, VideoEncoder
+from pipeline.buckets import Bucket
 from pipeline.byte_window import ByteWindow
 from pipeline.commit import RowResult
 from pipeline.decode.records import DecodedClip
@@ -26,6 +27,7 @@ from pipeline.encode import Batch, EncoderTimer, StreamedClip, encode_batch
 from pipeline.errors import DecodeError
 from pipeline.feed import Piece
 from pipeline.plan import Plan
+from pipeline.recipe import Recipe
 from pipeline.unit_job import UnitJob
 
 
@@ -49,19 +51,21 @@ class Encoded:
     posterior: Posterior | None
 
 
-def num_callers(encoder: VideoEncoder, plan: Plan, threads: int) -> int:
+def num_callers(encoder: VideoEncoder, recipe: Recipe, threads: int) -> int:
     """How many encoder calls at a time `threads` CPU threads are best shared by. Pure.
 
-    The pieces of a long clip come one after another, so a plan with such clips has one caller.
+    The pieces of a long clip come one after another, so where the recipe allows such clips there is one caller. Whether
+    the plan has any must not matter: it may grow, and the threads of a call change the last bits of a latent.
     """
-    has_pieces = any(plan.recipe.streams(bucket) for bucket in plan.buckets)
+    buckets = (Bucket(frames, *size) for frames in recipe.sampling.frames for size in recipe.sizes)
+    has_pieces = any(map(recipe.streams, buckets))
     return 1 if threads == 1 or has_pieces or encoder.one_at_a_time else 2
 
 
 class Caller:
-    """One thread of the stage. `outbox` takes what is done; its seconds count as `share` of the stage's.
+    """One thread of the stage, whose calls have `threads` CPU threads. `outbox` takes what is done.
 
-    threads: CPU threads of a call; None for those that torch is set to.
+    Its seconds count as `share` of the stage's; not what it waits after its last item.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Caller:
         window: ByteWindow,
         outbox: queue.Queue[Any],
         share: float,
-        threads: int | None,
+        threads: int,
     ) -> None:
         self._encoder, self._plan, self._window, self._outbox = encoder, plan, window, outbox
         self._share, self._threads = share, threads
@@ -82,8 +86,9 @@ class Caller:
 
     def handle(self, item: Slice | Piece) -> None:
         """Encode it, hand it on, and give its bytes back."""
-        if not self._has_begun and self._threads is not None:
-            torch.set_num_threads(self._threads)  # of this thread
+        if not self._has_begun:
+            torch.set_num_threads(self._threads)  # of this thread, and of those that begin later
+            torch.get_num_threads()  # or another thread's setting, made before the first call here, would count
         self._count_wait(item.job)
         try:
             if not item.job.future.done():

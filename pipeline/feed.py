@@ -4,7 +4,7 @@ In:   UnitJobs; the plan and its index; decoders.
 Out:  in row order, the messages under way of units of short clips (Decoding), or the pieces of long clips by turns
       (Piece).
 Cost: decoded frames within `window`, or what one slice and one message need where that is more; one shard's placement.
-Errors: ShardError for a shard that changed; whatever `Decoders.submit` raises.
+Errors: ShardError for a shard that changed. Whatever breaks decoding comes with its outcome.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import queue
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from models.streamed import default_chunk_frames
@@ -50,6 +51,10 @@ class Piece:
     num_bytes: int
     place: int
     outcome: DecodeOutcome
+
+
+_NOTHING: Future[tuple[DecodeOutcome, ...]] = Future()
+_NOTHING.set_result(())
 
 
 class Feed:
@@ -121,13 +126,10 @@ class Feed:
         for requests, num_windows in zip(messages, num_clips, strict=True):
             num_bytes = num_windows * clip_bytes
             if job.future.done() or not self._window.acquire(num_bytes, needed_bytes):
+                # What is decoded and in no batch yet is given back by whoever takes the next message, if any comes.
+                self._outbox.put(Decoding(job, 0, _NOTHING))
                 return
-            try:
-                pending = self._decoders.submit(*requests)
-            except LatentmillError:
-                self._window.release(num_bytes)
-                raise
-            self._outbox.put(Decoding(job, num_bytes, pending))
+            self._outbox.put(Decoding(job, num_bytes, self._decoders.submit(*requests)))
 
     def _placed_shard(self, shard: ShardRef) -> PlacedShard:
         """The placement of one shard; only the latest is kept, since units follow shard order."""

@@ -38,8 +38,8 @@ class UnitReport:
     encoder, `copy_seconds` putting rows of long clips away, `starved_seconds` waiting for frames, `blocked_seconds` for
     the threads behind it to take what came before. Of the threads beside it: `batch_seconds` putting batches together,
     `rows_seconds` making stored rows, `write_seconds` (checksums, Zarr, both puts). Of the decode processes, for the
-    clips that came out: `decode_seconds` at work, `read_seconds` waiting for bytes or for a core. `start_seconds`: a
-    worker's wait for its very first frames.
+    clips that came out: `decode_seconds` at work, `read_seconds` waiting for bytes or for a core. `start_seconds`: the
+    wait of each thread of the encode stage for its very first frames.
     """
 
     unit: Unit

@@ -73,9 +73,9 @@ class EncodeWorker:
         self._stages.start("write", self._finished, self._write)
 
     def _callers(self, encoder: VideoEncoder, threads: int) -> list[Caller]:
-        count = num_callers(encoder, self._plan, threads)
-        each = None if count == 1 else -(-threads // count)
-        return [Caller(encoder, self._plan, self._window, self._encoded, 1 / count, each) for _ in range(count)]
+        count = num_callers(encoder, self._plan.recipe, threads)
+        arguments = (encoder, self._plan, self._window, self._encoded, 1 / count, threads // count)
+        return [Caller(*arguments) for _ in range(count)]
 
     @property
     def peak_window_bytes(self) -> int:

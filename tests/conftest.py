@@ -33,9 +33,9 @@ def vae_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def same_threads_afterwards() -> Iterator[None]:
-    """For tests of commands that set the number of threads of this process."""
+    """Commands and encode workers set the number of threads of this process."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -28,9 +28,6 @@ threads: 1
 """
 
 
-pytestmark = pytest.mark.usefixtures("same_threads_afterwards")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tars, and two recipes of which the first cannot be."""

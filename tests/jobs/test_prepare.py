@@ -17,7 +17,7 @@ from pipeline.plan import Unit, load_plan
 from pipeline.storage import LocalStorage
 from pipeline.store import open_header
 from tests.clips import numbered_video
-from tests.fakes import FAKE_CARD, sample_members, write_tar
+from tests.fakes import FAKE_CARD, FakeEncoder, planned_store, sample_members, write_tar
 
 RECIPE = ["--encoder", "fake", "--frames", "9", "--sizes", "32x32", "--batch-size", "2", "--unit-rows", "2"]
 Run = Callable[..., int]
@@ -234,3 +234,15 @@ class TestPlan:
         assert run("plan", *RECIPE) == 1
         assert "at the same time: run this one again" in capsys.readouterr().err
         assert storage.read("plan/000000.parquet") == b"the other's"
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 0), ("cuda", 1)])
+def test_an_encoder_on_a_gpu_is_warmed_up_before_there_is_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, calls: int
+) -> None:
+    encoder, opened = FakeEncoder(), list[tuple[str, str, str]]()
+    monkeypatch.setattr(prepare, "open_encoder", lambda *arguments: opened.append(arguments) or encoder)
+    _, plan = planned_store(tmp_path)
+    assert prepare.ready_encoder("m", device, plan) is encoder
+    assert opened == [("m", device, "float32")]
+    assert encoder.batches == calls

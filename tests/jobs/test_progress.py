@@ -7,6 +7,7 @@ import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,17 @@ from tests.pipeline.test_controller import report, units
 def test_advice_follows_the_seconds(seconds: dict[str, int], line: str) -> None:
     progress = Progress(units=1, **{f"{stage}_seconds": float(value) for stage, value in seconds.items()})  # type: ignore[arg-type]
     assert re.match(line, advice(progress, workers=2))
+
+
+@pytest.mark.parametrize(("at_work", "told"), [(70, "feed-bound"), (75, "decode-bound")])  # cores of 12
+def test_advice_to_feed_decoders_that_are_idle(at_work: int, told: str) -> None:
+    seconds = {"encode": 10.0, "starved": 10.0, "decode": 0.9 * at_work, "read": 0.1 * at_work}
+    progress = Progress(units=1, **{f"{stage}_seconds": value for stage, value in seconds.items()})  # type: ignore[arg-type]
+    line = advice(progress, workers=2, processes=12)
+    assert line.startswith(f"{told}: the encoders waited 50% of the time, most of it for frames")
+    assert advice(progress, workers=2).startswith("decode-bound")
+    if told == "feed-bound":
+        assert "of 12 decode processes 7.0 were at work; a larger --window-mb or --units-in-flight" in line
 
 
 def test_shares_are_of_the_encoders_span() -> None:
@@ -186,8 +198,38 @@ def test_the_run_log_holds_a_failure_with_all_that_is_known(told: Told) -> None:
 
 
 def test_advice_counts_the_workers_that_the_units_let_start(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    monkeypatch.setattr(progress_module, "advice", lambda progress, workers: seen.append(workers))
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(progress_module, "advice", lambda _, workers, processes: seen.append((workers, processes)))
     told.tick(3, told.commit())
     told.reporter.finish("done", {})
-    assert seen == [2]
+    assert seen == [(2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "units_left", "expected"),
+    [
+        ({"workers": 2}, 12, 7),
+        ({"workers": 2}, 11, 0),  # all of the job is start and end
+        ({"local": True, "decode_workers": 5}, 6, 5),
+    ],
+)
+def test_decode_processes_are_those_that_had_enough_to_do(
+    tmp_path: Path, flags: dict[str, Any], units_left: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(progress_module, "advice", lambda _, workers, processes: seen.append(processes))
+    reporter = Reporter(
+        LocalStorage(tmp_path),
+        EngineFlags(**flags),
+        "cpu",
+        Controller(units(1), Policy()),
+        10,
+        units_left,
+        StartTimes(),
+    )
+    done = report(next(iter(units(1))))
+    reporter.tick([UnitDone("w0", done)])
+    reporter.finish(
+        "done", {"w0": {"decode_processes": 4}, "w1": {"decode_processes": 3}, "w2": {"decode_processes": None}}
+    )
+    assert seen == [expected]

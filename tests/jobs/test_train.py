@@ -31,9 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--local", "--threads", "1", "--decode-workers", "1", "--frames", "5", "--sizes", "16x16", "--batch-size", "2"]
 
 
-pytestmark = pytest.mark.usefixtures("same_threads_afterwards")
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("shards")

@@ -21,7 +21,6 @@ from pipeline.byte_window import ByteWindow
 from pipeline.clip_streams import StreamPlan
 from pipeline.decode.records import DecodeRequest, Window
 from pipeline.decode_requests import Decoders, next_slice, require_unchanged, to_messages, to_requests
-from pipeline.encode_stage import num_callers
 from pipeline.errors import ShardError, StoreError, UnitError
 from pipeline.ledger import read_rows, unit_name
 from pipeline.placement import Clip
@@ -77,11 +76,13 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Setup]]:
         window_bytes: int = 1 << 20,
         storage_type: type[LocalStorage] = LocalStorage,
         videos: Sequence[Mapping[str, int]] = SHARDS,
+        encode_threads: int = 1,
     ) -> Setup:
         storage, plan = planned_store(tmp_path, videos, recipe)
         fatal: list[BaseException] = []
         used = storage_type(storage.url)
-        worker = EncodeWorker(encoder or FakeEncoder(), decoders, used, plan, window_bytes, fatal.append)
+        encoder = encoder or FakeEncoder()
+        worker = EncodeWorker(encoder, decoders, used, plan, window_bytes, fatal.append, encode_threads)
         setups.append(Setup(storage, plan, worker, fatal))
         return setups[-1]
 
@@ -182,65 +183,6 @@ def test_the_encoder_sees_full_batches_whatever_failed(make: Callable[..., Setup
     assert encoder.shapes == [(4, 9, 32, 32, 3)] * 2
     assert report.failed == {"bad_media": 2}
     assert report.written == 4
-
-
-# encoder calls beside each other
-
-
-class MeetingEncoder(FakeEncoder):
-    """Each call waits until another one is under way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.meeting = threading.Barrier(2)
-        self.threads: set[int] = set()
-
-    def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None) -> Posterior:
-        self.meeting.wait(timeout=10)
-        self.threads.add(torch.get_num_threads())
-        return super().encode(frames_BTHWC, chunk_frames)
-
-
-def test_on_several_threads_two_calls_run_at_a_time_on_half_of_them_each(tmp_path: Path) -> None:
-    storage, plan = planned_store(tmp_path, SHARDS, recipe_of(2, 2, 4))
-    encoder, fatal = MeetingEncoder(), list[BaseException]()
-    worker = EncodeWorker(encoder, FakeDecoders(), storage, plan, 1 << 20, fatal.append, encode_threads=4)
-    futures = [worker.submit(unit) for unit in plan.units()]
-    reports = [future.result(10) for future in futures]
-    worker.close()
-    assert fatal == []
-    assert encoder.threads == {2}
-    assert sum(report.written for report in reports) == plan.num_clips
-
-
-def test_seconds_of_two_callers_are_their_mean(tmp_path: Path) -> None:
-    storage, plan = planned_store(tmp_path, SHARDS, recipe_of(2, 2, 4))
-
-    class Slow(FakeEncoder):
-        def encode(self, frames_BTHWC: torch.Tensor, chunk_frames: int | None = None) -> Posterior:
-            time.sleep(0.05)
-            return super().encode(frames_BTHWC, chunk_frames)
-
-    encoder = Slow()
-    worker = EncodeWorker(encoder, FakeDecoders(), storage, plan, 1 << 20, list[BaseException]().append, 2)
-    began = time.monotonic()
-    reports = [future.result(10) for future in [worker.submit(unit) for unit in plan.units()]]
-    seconds = time.monotonic() - began
-    worker.close()
-    encode_seconds = sum(report.encode_seconds for report in reports)
-    assert encoder.batches * 0.05 / 2 <= encode_seconds <= seconds
-
-
-def test_one_call_at_a_time_where_two_gain_nothing(tmp_path: Path) -> None:
-    _, plan = planned_store(tmp_path, SHARDS)
-    turns = FakeEncoder()
-    turns.one_at_a_time = True
-    assert num_callers(FakeEncoder(), plan, threads=2) == 2
-    assert num_callers(FakeEncoder(), plan, threads=1) == 1
-    assert num_callers(turns, plan, threads=2) == 1
-    (tmp_path / "films").mkdir()
-    _, films = planned_store(tmp_path / "films", FILMS, film_recipe())
-    assert num_callers(FakeEncoder(), films, threads=2) == 1
 
 
 # long clips, in pieces
@@ -438,20 +380,6 @@ def test_a_unit_error_fails_its_unit_and_gives_the_window_back(make: Callable[..
     assert setup.storage.exists(unit_name(setup.units[1]))
 
 
-def test_an_error_from_submit_fails_the_unit_and_gives_the_window_back(make: Callable[..., Setup]) -> None:
-    class Refusing(FakeDecoders):
-        def submit(self, *requests: DecodeRequest):  # type: ignore[no-untyped-def]
-            if any(request.source.key == "b" for request in requests):
-                raise UnitError("no room")
-            return super().submit(*requests)
-
-    setup = make(Refusing())
-    futures = [setup.worker.submit(unit) for unit in setup.units]
-    assert [type(future.exception(10)) for future in futures] == [UnitError, type(None), type(None)]
-    setup.worker.close()
-    assert setup.worker._window._used_bytes == 0
-
-
 def test_a_shard_that_changed_is_refused_every_time(make: Callable[..., Setup]) -> None:
     setup = make(FakeDecoders())
     setup.worker.submit(setup.units[0]).result(10)
@@ -493,6 +421,7 @@ class BrokenDecoders(FakeDecoders):
         raise ZeroDivisionError("a bug in decoders")
 
 
+@pytest.mark.parametrize("encode_threads", [1, 2])
 @pytest.mark.parametrize(
     ("decoders", "encoder", "storage_type", "expected"),
     [
@@ -508,8 +437,9 @@ def test_an_unexpected_exception_in_each_thread_is_fatal(
     encoder: FakeEncoder,
     storage_type: type[LocalStorage],
     expected: type,
+    encode_threads: int,
 ) -> None:
-    setup = make(decoders, encoder, recipe_of(7, 2, 4), 3 * CLIP_BYTES, storage_type)
+    setup = make(decoders, encoder, recipe_of(7, 2, 4), 3 * CLIP_BYTES, storage_type, encode_threads=encode_threads)
     futures = [setup.worker.submit(unit) for unit in setup.units]
     for future in futures:
         assert not_done(future)
@@ -551,11 +481,17 @@ def test_units_are_open_while_on_fatal_runs(tmp_path: Path) -> None:
 # the end
 
 
+@pytest.mark.parametrize("encode_threads", [1, 2])
 @pytest.mark.parametrize("after_seconds", [0.0, 0.01, 0.05])
 def test_close_without_finish_cancels_and_commits_whole_units_only(
-    make: Callable[..., Setup], after_seconds: float
+    make: Callable[..., Setup], after_seconds: float, encode_threads: int
 ) -> None:
-    setup = make(FakeDecoders(seconds=0.02), recipe=recipe_of(40, 2, 8), window_bytes=4 * CLIP_BYTES)
+    setup = make(
+        FakeDecoders(seconds=0.02),
+        recipe=recipe_of(40, 2, 8),
+        window_bytes=4 * CLIP_BYTES,
+        encode_threads=encode_threads,
+    )
     futures = [setup.worker.submit(unit) for unit in setup.units]
     time.sleep(after_seconds)
     started = time.monotonic()
