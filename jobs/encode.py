@@ -149,12 +149,14 @@ def _local_engine(
 ) -> Engine:
     import torch
 
+    from pipeline.feed import default_window_bytes
     from pipeline.local import LocalEngine
 
     torch.set_num_threads(flags.encode_threads)
     pool.start()  # while the encoder loads
     encoder = ready_encoder(source, device, plan)
-    return LocalEngine(encoder, pool, storage, plan, flags.window_mb * _MEGABYTE, flags.encode_threads)
+    window_bytes = flags.window_mb * _MEGABYTE or default_window_bytes(plan, pool.num_processes)
+    return LocalEngine(encoder, pool, storage, plan, window_bytes, flags.encode_threads)
 
 
 def _ray_engine(storage: Storage, source: str, flags: EngineFlags, device: str) -> Engine:
@@ -170,7 +172,7 @@ def _ray_engine(storage: Storage, source: str, flags: EngineFlags, device: str) 
             device=device,
             encode_threads=flags.encode_threads,
             share=share,
-            window_bytes=flags.window_mb * _MEGABYTE,
+            window_mb=flags.window_mb if share.decode_processes else flags.usual_window_mb,
             limits=decode_limits(flags),
         ),
         flags,

@@ -16,7 +16,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jobs.cores import usable_cores
 from pipeline.buckets import BucketConfig
+from pipeline.byte_window import LEAST_WINDOW_MB
 from pipeline.decode.records import DecoderName
 from pipeline.errors import UsageError
 from pipeline.filters import FilterConfig
@@ -50,7 +52,7 @@ class DecodeFlags:
     """How videos are decoded; none of it changes a latent."""
 
     decode_workers: int = 0
-    """Decode processes of a machine; 0: one for each CPU."""
+    """Decode processes of a machine; 0: one for each CPU that may be used."""
     decode_timeout_seconds: float = 60.0
     """A video that takes longer is failed as `timeout`; long videos get more, in proportion."""
     decode_memory_mb: int = 4096
@@ -64,7 +66,7 @@ class DecodeFlags:
     @property
     def decode_processes(self) -> int:
         """Decode processes of this machine."""
-        return self.decode_workers or os.cpu_count() or 1
+        return self.decode_workers or usable_cores()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +134,18 @@ class PlacementFlags(ClusterFlags, abc.ABC):
 
     workers: int = 1
     """Workers of the job (one GPU each with --device cuda)."""
-    window_mb: int = 512
-    """Decoded frames that a worker may hold or wait for: two clips for each of its decode processes and four encoder
-    batches leave nothing idle."""
+    window_mb: int = 0
+    """Decoded frames that a worker may hold or wait for. 0: 512, or where an encode worker's clips are large, room for
+    two of them per decode process and for four encoder batches, which leaves nothing idle."""
     decode_placement: Literal["worker", "cluster"] = "worker"
     """With Ray: decode in processes beside each worker, which share its node's CPUs (nothing crosses the network), or
     in tasks on any node (for GPU nodes that have too few CPUs)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "workers", "window_mb")
+        require_positive(self, "workers")
+        if self.window_mb < 0:
+            raise UsageError(f"--window-mb must not be negative, got {self.window_mb}")
         if self.local and self.workers != 1:
             raise UsageError("--local runs one worker in this process: leave out --workers")
         if self.local and self.decode_placement != "worker":
@@ -170,7 +174,12 @@ class PlacementFlags(ClusterFlags, abc.ABC):
         if self.decode_placement == "worker":
             return super().object_store_mb
         # Ray keeps the frames of every window, and a little beside them.
-        return max(128, self.workers * self.window_mb * 3 // 2)
+        return max(128, self.workers * self.usual_window_mb * 3 // 2)
+
+    @property
+    def usual_window_mb(self) -> int:
+        """Of workers whose clips are not large, or whose frames come through Ray's object store."""
+        return self.window_mb or LEAST_WINDOW_MB
 
 
 @dataclasses.dataclass(frozen=True)

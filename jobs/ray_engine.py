@@ -45,14 +45,14 @@ _CAUSE_CHARACTERS = 600
 
 @dataclasses.dataclass(frozen=True)
 class WorkerSpec:
-    """All that an encode worker needs; it reads plan and recipe from the store."""
+    """All that an encode worker needs; it reads plan and recipe from the store. window_mb 0: by the plan."""
 
     store_url: str
     encoder_source: str
     device: str
     encode_threads: int
     share: NodeShare
-    window_bytes: int
+    window_mb: int
     limits: DecodeLimits
 
 
@@ -70,6 +70,7 @@ class EncodeActor:
         import torch
 
         from jobs.prepare import ready_encoder
+        from pipeline.feed import default_window_bytes
         from pipeline.worker import EncodeWorker
 
         torch.set_num_threads(self._spec.encode_threads)
@@ -77,9 +78,8 @@ class EncodeActor:
         storage = open_storage(self._spec.store_url)
         plan = load_plan(storage, open_header(storage).recipe)
         encoder = ready_encoder(self._spec.encoder_source, self._spec.device, plan)
-        self._worker = EncodeWorker(
-            encoder, decoders, storage, plan, self._spec.window_bytes, _die, self._spec.encode_threads
-        )
+        window_bytes = self._spec.window_mb << 20 or default_window_bytes(plan, self._spec.share.decode_processes or 0)
+        self._worker = EncodeWorker(encoder, decoders, storage, plan, window_bytes, _die, self._spec.encode_threads)
         node = ray.get_runtime_context().get_node_id()
         return {"pid": os.getpid(), "node": node, "decode_processes": self._spec.share.decode_processes}
 

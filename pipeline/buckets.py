@@ -84,6 +84,11 @@ class Bucket:
             raise ValueError(f"a bucket has frames and pixels, got {self.num_frames}x{self.height}x{self.width}")
 
     @property
+    def decoded_bytes(self) -> int:
+        """Size of a clip's uint8 frames."""
+        return self.num_frames * self.height * self.width * 3
+
+    @property
     def name(self) -> str:
         """TxHxW, as the arrays of the store are called: "17x256x256"."""
         return f"{self.num_frames}x{self.height}x{self.width}"

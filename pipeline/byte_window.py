@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import threading
 
+LEAST_WINDOW_MB = 512
+"""Unless a user says otherwise."""
+
 
 class ByteWindow:
     """At most `limit_bytes` acquired and not yet released; `peak_bytes` is the most that ever were."""

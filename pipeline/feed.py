@@ -18,7 +18,7 @@ from typing import Any
 
 from models.streamed import default_chunk_frames
 from pipeline.buckets import Bucket
-from pipeline.byte_window import ByteWindow
+from pipeline.byte_window import LEAST_WINDOW_MB, ByteWindow
 from pipeline.clip_streams import ClipStreams, StreamPlan
 from pipeline.decode.records import DecodedClip, DecodeOutcome
 from pipeline.decode_requests import Decoders, PendingDecode, require_unchanged, to_messages, to_requests
@@ -53,8 +53,22 @@ class Piece:
     outcome: DecodeOutcome
 
 
+_CLIPS_PER_PROCESS = 2  # one under way, one asked for
+_BATCHES = 4  # one in each stage that has frames, and one that fills
+
 _NOTHING: Future[tuple[DecodeOutcome, ...]] = Future()
 _NOTHING.set_result(())
+
+
+def default_window_bytes(plan: Plan, decode_processes: int) -> int:
+    """A window that leaves neither the decode processes nor the encoder idle. Pure."""
+    recipe = plan.recipe
+    wanted = (
+        (_CLIPS_PER_PROCESS * decode_processes + _BATCHES * recipe.batch_size(bucket)) * bucket.decoded_bytes
+        for bucket in plan.buckets
+        if not recipe.streams(bucket)
+    )
+    return max(LEAST_WINDOW_MB << 20, *wanted, 0)
 
 
 class Feed:

@@ -58,7 +58,7 @@ class Clip:
     @property
     def decoded_bytes(self) -> int:
         """Size of the clip's uint8 frames, padding included."""
-        return self.bucket.num_frames * self.bucket.height * self.bucket.width * 3
+        return self.bucket.decoded_bytes
 
 
 def place(sample: Sample, recipe: Recipe) -> Placement | Unplaced:

@@ -131,8 +131,7 @@ class Recipe:
 
     def streams(self, bucket: Bucket) -> bool:
         """Whether a bucket's clips, all of them, go through decoder and encoder in pieces."""
-        frame_bytes = bucket.height * bucket.width * 3
-        is_long = bucket.num_frames * frame_bytes > self.encode.stream_mb * _MEGABYTE
+        is_long = bucket.decoded_bytes > self.encode.stream_mb * _MEGABYTE
         return is_long and self.encoder.geometry.causality == "causal"
 
     def batch_size(self, bucket: Bucket) -> int:

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.cores import usable_cores
+
 
 def about(name: str, libraries: Sequence[str], **facts: object) -> dict[str, Any]:
     """Of this run, before it measures: `latentmill bench NAME` with its flags, the day, the code, the machine."""
@@ -32,7 +34,7 @@ def about(name: str, libraries: Sequence[str], **facts: object) -> dict[str, Any
         "command": f"latentmill bench {name} {shlex.join(sys.argv[3:])}",
         "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
         "commit": _commit(),
-        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        "hardware": f"{_cpu_name()}, {usable_cores()} cores, load {os.getloadavg()[0]:.1f} at the start",
         "versions": versions,
         **facts,
     }

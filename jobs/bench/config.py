@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from pathlib import Path
 from typing import Literal
 
+from jobs.cores import usable_cores
 from jobs.flags import (
     ConfigFile,
     Shards,
@@ -31,13 +31,17 @@ TINY_VAE = "tiny-vae"
 OTHERS: tuple[Contender, ...] = ("plain", "dataloader", "decord", "ray-data")
 
 
+def _machine_name() -> str:
+    return f"cpu{usable_cores()}"
+
+
 @dataclasses.dataclass(frozen=True)
 class BenchDecode(ConfigFile):
     """Measure every decoder, `auto` and plain loops on the same generated videos; writes Markdown and JSON."""
 
     output: Path = Path()
     """Directory for decode_<hardware>_<date>.md and .json."""
-    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    hardware: str = dataclasses.field(default_factory=_machine_name)
     """What to call this machine in the file's name."""
     codecs: tuple[str, ...] = ("h264", "hevc", "vp9", "av1", "mpeg4")
     """Codecs of the rows."""
@@ -63,7 +67,7 @@ class BenchModel(ConfigFile):
 
     output: Path = Path()
     """Directory for model_<hardware>_<date>.md and .json."""
-    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    hardware: str = dataclasses.field(default_factory=_machine_name)
     """What to call this machine in the file's name."""
     models: tuple[str, ...] = ()
     """Presets and released configs to measure; default: all."""
@@ -81,7 +85,7 @@ class BenchModel(ConfigFile):
     """Its height and width, in pixels; rounded up to each model's grid."""
     repetitions: int = 3
     """Medians are reported."""
-    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = dataclasses.field(default_factory=usable_cores)
     """CPU threads."""
 
     def __post_init__(self) -> None:
@@ -94,7 +98,7 @@ class BenchEncode(ConfigFile):
 
     output: Path = Path()
     """Directory for encode_<hardware>_<date>.md and .json."""
-    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    hardware: str = dataclasses.field(default_factory=_machine_name)
     """What to call this machine in the file's name."""
     cases: tuple[str, ...] = (
         *(f"{name}:balanced" for name in ENCODE_SETS if name != "short-256"),
@@ -116,15 +120,17 @@ class BenchEncode(ConfigFile):
     """What a case's clips take at least on all cores: what its number of clips comes from."""
     repetitions: int = 3
     """Rounds in which the contenders take turns; medians are reported."""
-    cores: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    cores: int = dataclasses.field(default_factory=usable_cores)
     """Cores that every contender is held to, each in its turn."""
-    decode_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    decode_workers: int = dataclasses.field(default_factory=usable_cores)
     """Decode processes of every contender that has some."""
-    encode_threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
-    """CPU threads of the encoder, of all encode workers together."""
+    encode_threads: int = 0
+    """CPU threads of the encoder, of all encode workers together; 0: one with CUDA, else one for each of the cores."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "seconds_per_set", "repetitions", "cores", "decode_workers", "encode_threads")
+        require_positive(self, "seconds_per_set", "repetitions", "cores", "decode_workers")
+        if self.encode_threads < 0:
+            raise UsageError(f"--encode-threads must not be negative, got {self.encode_threads}")
         known = [":".join(pair) for pair in itertools.product(ENCODE_SETS, ENCODE_ENCODERS)]
         for case in self.cases:
             if case not in known:
@@ -132,6 +138,10 @@ class BenchEncode(ConfigFile):
                     f"--cases {case}: say SET:ENCODER with a set of {', '.join(ENCODE_SETS)} and an encoder of "
                     f"{', '.join(ENCODE_ENCODERS)}"
                 )
+
+    def threads_on(self, device: str) -> int:
+        """CPU threads of the encoder, where it computes on this device."""
+        return self.encode_threads or (1 if device == "cuda" else self.cores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +152,7 @@ class BenchTrain(ConfigFile):
     """Tars of whole videos, at least one for each decode worker; default: generated ones."""
     output: Path = Path()
     """Directory for train_<hardware>_<date>.md and .json."""
-    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    hardware: str = dataclasses.field(default_factory=_machine_name)
     """What to call this machine in the file's name."""
     frames: int = 9
     """Frames of a training clip."""
@@ -150,9 +160,9 @@ class BenchTrain(ConfigFile):
     """Height and width of a training clip, in pixels."""
     batch_size: int = 4
     """Clips per step."""
-    decode_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    decode_workers: int = dataclasses.field(default_factory=usable_cores)
     """Decode processes of our loader, and workers of the others."""
-    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = dataclasses.field(default_factory=usable_cores)
     """CPU threads of a busy step."""
     step_seconds: float = 0.3
     """What a step takes: asleep, as with a GPU, and busy on all threads."""
@@ -178,7 +188,7 @@ class BenchScale(ConfigFile):
 
     output: Path = Path()
     """Directory for scale_<hardware>_<date>.md and .json."""
-    hardware: str = dataclasses.field(default_factory=lambda: f"cpu{os.cpu_count() or 1}")
+    hardware: str = dataclasses.field(default_factory=_machine_name)
     """What to call this machine in the file's name."""
     parts: tuple[Literal["controller", "books", "memory", "start"], ...] = ("controller", "books", "memory", "start")
     """What to measure: leasing units to fake workers; reading the ledger of a finished store; the peak memory of a

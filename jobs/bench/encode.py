@@ -4,7 +4,8 @@ In:   cases (a set and an encoder), contenders, how long; a directory for the re
 Out:  encode_<hardware>_<date>.md and .json, rewritten after every case: clips per second, share of the bare encoder and
       of the work-conserving bound, start-up, memory, goals.
 Cost: per case and round about 10 to 15 times --seconds-per-set, and half a minute of start-ups.
-Errors: UsageError when the output is no directory. A contender that dies says so in its row.
+Errors: UsageError when the output is no directory. A contender that dies says so in its row, a case whose bare stages
+    die in its section: the other cases go on, and the exit code is 1.
 
 A pilot of one tar measures what a clip costs; the number of tars, and the speed of an encoder that sleeps, follow from
 it. Then the contenders take turns, in an order that rotates; ratios are taken within a round, medians over the rounds.
@@ -27,9 +28,10 @@ from typing import Any
 from jobs.bench.about import about, device_name, rotated
 from jobs.bench.config import BenchEncode
 from jobs.bench.encode_report import to_markdown
-from jobs.bench.encode_runs import Job, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
+from jobs.bench.encode_runs import Job, bare, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
 from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
 from jobs.encode import choose_device
+from jobs.rehearsal import is_rehearsal
 from pipeline.errors import UsageError
 
 Json = dict[str, Any]
@@ -49,12 +51,11 @@ def run_bench_encode(command: BenchEncode) -> int:
     result: Json = {"about": _about(command, device), "cases": []}
     with _held_to(command.cores):
         for case in command.cases:
-            with tempfile.TemporaryDirectory(prefix="latentmill-bench-encode-") as scratch:
-                result["cases"].append(_case(command, case, device, videos, Path(scratch)))
+            result["cases"].append(_case(command, case, device, videos))
             path.write_text(json.dumps(result, indent=1) + "\n")
             path.with_suffix(".md").write_text(to_markdown(result))
     print(to_markdown(result))
-    return 0
+    return 1 if any("error" in case for case in result["cases"]) else 0
 
 
 @contextlib.contextmanager
@@ -79,26 +80,35 @@ def _about(command: BenchEncode, device: str) -> Json:
         repetitions=command.repetitions,
         cores=command.cores,
         decode_workers=command.decode_workers,
-        encode_threads=command.encode_threads,
+        encode_threads=command.threads_on(device),
         seconds_per_set=command.seconds_per_set,
     )
 
 
-def _case(command: BenchEncode, case: str, device: str, videos: Path, scratch: Path) -> Json:
-    """All rounds of one set with one encoder."""
+def _case(command: BenchEncode, case: str, device: str, videos: Path) -> Json:
+    """One set with one encoder, or why that could not be measured."""
+    set_name, _, encoder = case.partition(":")
+    facts = {"set": set_name, "about": SETS[set_name].about, "encoder": encoder}
+    try:
+        with tempfile.TemporaryDirectory(prefix="latentmill-bench-encode-") as scratch:
+            return {**facts, **_rounds(command, case, device, videos, Path(scratch))}
+    except RuntimeError as error:
+        print(f"{case}: {error}", file=sys.stderr, flush=True)
+        return {**facts, "error": str(error)}
+
+
+def _rounds(command: BenchEncode, case: str, device: str, videos: Path, scratch: Path) -> Json:
+    """What a case's contenders are given, and all their rounds."""
     job = _sized_job(command, case, device, videos, scratch)
     quarter = store_with_plan(job, job.tars[: -(-len(job.tars) // _BARE_SHARE)], scratch / "quarter")
     rounds = []
     for number in range(command.repetitions):
         order = rotated(("bare", *command.contenders), number)
         rounds.append({name: _measured(command, job, name, quarter) for name in order})
-    set_name, _, encoder = case.partition(":")
+    sleeps = is_rehearsal(job.encoder)
     return {
-        "set": set_name,
-        "about": SETS[set_name].about,
-        "encoder": encoder,
-        "source": job.encoder if encoder in SLEEPING else "",
-        "runs_on": "nothing" if encoder in SLEEPING else job.device,
+        "source": job.encoder if sleeps else "",
+        "runs_on": "nothing" if sleeps else job.device,
         "clips": job.clips,
         "good_clips": job.good_clips,
         "rounds": rounds,
@@ -108,8 +118,7 @@ def _case(command: BenchEncode, case: str, device: str, videos: Path, scratch: P
 def _measured(command: BenchEncode, job: Job, name: str, quarter: Path) -> Json:
     """One contender, or the bare stages, once."""
     if name == "bare":
-        stages = bare_stages(job, quarter, command.cores)
-        cell = {**stages, "encoder_seconds": bare_encoder(job, quarter)}
+        cell = bare(job, quarter, command.cores)
         told = f"{1 / cell['encoder_seconds']:.1f} clips/s of the encoder alone"
     else:
         cell = run_contender(job, name)
@@ -133,7 +142,7 @@ def _sized_job(command: BenchEncode, case: str, device: str, videos: Path, scrat
         device="cpu" if encoder in SLEEPING else device,
         compute_dtype=command.compute_dtype,
         decode_workers=command.decode_workers,
-        encode_threads=command.encode_threads,
+        encode_threads=command.threads_on(device),
         limit_seconds=300 + 30 * command.seconds_per_set,
     )
     pilot = store_with_plan(job, job.tars, scratch / "pilot")
@@ -146,7 +155,7 @@ def _sized_job(command: BenchEncode, case: str, device: str, videos: Path, scrat
         source = f"rehearsal:4x8x8x16@{megapixels / clips / encode_seconds:.3f}"
         seconds = max(seconds, encode_seconds)
     elif not job.computes_on_cpu:
-        seconds = max(seconds, bare_encoder(job, pilot))
+        seconds = max(seconds, bare_encoder(job, pilot)["encoder_seconds"])
     num_tars = max(2, math.ceil(command.seconds_per_set / seconds / clips))
     return dataclasses.replace(
         job,

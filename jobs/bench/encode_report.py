@@ -17,6 +17,11 @@ from jobs.bench.decode_report import Goal, Spread
 
 Json = dict[str, Any]
 _ONE_ENCODER = ("local", "ray-1")
+_STAGES = ("decode", "encode", "write")
+_KEEPING_UP = {
+    "nothing": "decode, batch and write as fast as it sleeps",
+    "cuda": "decode, call it and write as fast as it encodes",
+}
 _NAMES = {
     "local": "**ours, --local**",
     "ray-1": "**ours, Ray, 1 encode worker**",
@@ -30,9 +35,10 @@ _NAMES = {
 
 def to_markdown(result: Json) -> str:
     """The whole page."""
-    lines = [*_head(result["about"]), *_goals(result), *_behind(result["cases"])]
+    cores, measured = result["about"]["cores"], [case for case in result["cases"] if "error" not in case]
+    lines = [*_head(result["about"]), *_goals(measured, cores), *_behind(measured)]
     for case in result["cases"]:
-        lines += _table(case, result["about"]["cores"])
+        lines += _failed(case) if "error" in case else _table(case, cores)
     return "\n".join(lines) + "\n"
 
 
@@ -52,7 +58,8 @@ def _head(about: Json) -> Iterator[str]:
     yield "  they need of that index, offsets and windows"
     yield "- encoder alone: one call at a time, on clips in memory. Bound: the CPU seconds of our decode, encode and"
     yield "  write (one copy of them per core at once) over the cores or, where it is longer and the encoder sleeps or"
-    yield "  has a GPU, the encoder alone per encode worker"
+    yield "  has a GPU, the encoder alone per encode worker. With a GPU, encode includes the CPU seconds of the encoder"
+    yield "  alone, which may wait busily for it"
     yield ""
 
 
@@ -73,7 +80,7 @@ def slower_of_ours(turn: Json) -> float | None:
 def bound_seconds(case: Json, turn: Json, name: str, cores: int) -> float:
     """What no engine can beat with these stages."""
     bare = turn["bare"]
-    cpu = sum(bare[f"{stage}_cpu_seconds"] for stage in ("decode", "encode", "write")) / cores
+    cpu = sum(bare[f"{stage}_cpu_seconds"] for stage in _STAGES) / cores
     beside = bare["encoder_seconds"] / (2 if name == "ray-2" else 1) if case["runs_on"] != "cpu" else 0.0
     return float(case["clips"] * max(cpu, beside))
 
@@ -106,9 +113,7 @@ def _of_what_decode_leaves(case: Json, name: str) -> Spread | None:
 
     def ratio(turn: Json) -> float | None:
         bare = turn["bare"]
-        share = bare["encode_cpu_seconds"] / sum(
-            bare[f"{stage}_cpu_seconds"] for stage in ("decode", "encode", "write")
-        )
+        share = bare["encode_cpu_seconds"] / sum(bare[f"{stage}_cpu_seconds"] for stage in _STAGES)
         return (found := rate(turn, name)) and found * bare["encoder_seconds"] / share
 
     return _spread(case, ratio)
@@ -164,11 +169,11 @@ def _rows(cases: Sequence[Json], ratio: Callable[[Json, str], Spread | None]) ->
     return [ratio(case, name) for case in cases for name in _ONE_ENCODER]
 
 
-def _goals(result: Json) -> Iterator[str]:
+def _goals(cases: Sequence[Json], cores: int) -> Iterator[str]:
     yield "`ours` in a ratio is the slower of --local and Ray with one encode worker."
     yield ""
     yield from ("| goal | worst row | wanted | met |", "|---|---|---|---|")
-    for goal in goals(result["cases"], result["about"]["cores"]):
+    for goal in goals(cases, cores):
         yield f"| {goal.name} | {goal.measured} | {goal.wanted:g} | {goal.verdict} |"
     yield ""
 
@@ -181,14 +186,18 @@ def _behind(cases: Sequence[Json]) -> Iterator[str]:
         for name in OTHERS
         if (found := against(case, name)) is not None and found.median < 1
     ]
-    yield from ahead or ["No other contender is ahead of ours in any row."]
+    yield from ahead or (["No other contender is ahead of ours in any row."] if cases else [])
     yield ""
+
+
+def _failed(case: Json) -> Iterator[str]:
+    yield from (f"## {case['set']}: {case['about']}", "")
+    yield from (f"Encoder: **{case['encoder']}**. Not measured: {case['error']}", "")
 
 
 def _table(case: Json, cores: int) -> Iterator[str]:
+    yield from (f"## {case['set']}: {case['about']}", "")
     source = f", `{case['source']}`" if case["source"] else ""
-    yield f"## {case['set']}: {case['about']}"
-    yield ""
     runs_on = case["runs_on"]
     kind = "sleeps, uses no CPU" if runs_on == "nothing" else f"computes on {runs_on}, random weights"
     yield f"Encoder: **{case['encoder']}** ({kind}){source}. {case['clips']} clips, {case['good_clips']} of them good."
@@ -207,7 +216,7 @@ def _table(case: Json, cores: int) -> Iterator[str]:
 
 def _bare_line(case: Json, cores: int) -> str:
     bare = {key: statistics.median(turn["bare"][key] for turn in case["rounds"]) for key in case["rounds"][0]["bare"]}
-    stages = ", ".join(f"{stage} {1e3 * bare[f'{stage}_cpu_seconds']:.2f}" for stage in ("decode", "encode", "write"))
+    stages = ", ".join(f"{stage} {1e3 * bare[f'{stage}_cpu_seconds']:.2f}" for stage in _STAGES)
     bound = statistics.median(bound_seconds(case, turn, "local", cores) for turn in case["rounds"])
     line = (
         f"Bare stages, CPU ms per clip: {stages}; encoder alone {1 / bare['encoder_seconds']:.1f} clips/s; "
@@ -215,7 +224,8 @@ def _bare_line(case: Json, cores: int) -> str:
     )
     if case["runs_on"] == "cpu":
         return line
-    return f"{line} {bare['decode_cpu_seconds'] / bare['encoder_seconds']:.1f} cores decode as fast as it encodes."
+    busy = sum(bare[f"{stage}_cpu_seconds"] for stage in _STAGES) / bare["encoder_seconds"]
+    return f"{line} {busy:.1f} cores {_KEEPING_UP[case['runs_on']]}."
 
 
 def _row(case: Json, name: str, cores: int) -> str:

@@ -2,7 +2,7 @@
 
 In:   a Job: tars, flags, encoder, workers and threads.
 Out:  cells: clips saved, seconds of start-up, of work and in all, CPU seconds, peak memory, or {"error"}; seconds per
-      clip of the bare stages.
+      clip of the bare stages and of the encoder alone.
 Cost: what is measured; the files of a run are deleted after it.
 Errors: RuntimeError when the bare stages die; a contender that dies is a cell.
 
@@ -83,7 +83,8 @@ def _index(job: Job, tars: Sequence[Path], store: Path) -> list[str]:
 
 def _require(watched: Watched) -> Watched:
     if watched.returncode:
-        raise RuntimeError("".join(line for _, line in watched.stderr))
+        sys.stderr.writelines(line for _, line in watched.stderr)
+        raise RuntimeError(watched.cause)
     return watched
 
 
@@ -115,6 +116,14 @@ def _broken_sample(sample: Any, like: Json) -> Json:
 # the bare stages
 
 
+def bare(job: Job, store: Path, copies: int) -> Json:
+    """Seconds per clip of the stages and of the encoder alone."""
+    stages, alone = bare_stages(job, store, copies), bare_encoder(job, store)
+    if job.device == "cuda":  # its calls, which may wait busily, are not in the stages
+        stages["encode_cpu_seconds"] += alone["encoder_cpu_seconds"]
+    return {**stages, **alone}
+
+
 def bare_stages(job: Job, store: Path, copies: int) -> Json:
     """CPU seconds per clip of decode, encode and write, with one copy per core at the same time, as in a job.
 
@@ -129,10 +138,11 @@ def bare_stages(job: Job, store: Path, copies: int) -> Json:
     return {name: sum(one.get(name, 0.0) for one in found) / clips for name in names}
 
 
-def bare_encoder(job: Job, store: Path) -> float:
-    """Seconds per clip of the encoder alone, on clips in memory: the speed of light of one encoder."""
+def bare_encoder(job: Job, store: Path) -> Json:
+    """Seconds per clip of the encoder alone, on clips in memory (the speed of light of one encoder), and its CPU's."""
     found = _bare(job, "encoder", store, job.encoder, job.encode_threads, job.scratch / "alone")
-    return float(found["seconds"] / found["clips"])
+    seconds = {"encoder_seconds": "encoder_wall_seconds", "encoder_cpu_seconds": "encoder_cpu_seconds"}
+    return {name: found[measured] / found["clips"] for name, measured in seconds.items()}
 
 
 def _bare(job: Job, what: str, store: Path, encoder: str | None, threads: int, output: Path) -> Json:

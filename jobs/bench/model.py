@@ -5,7 +5,8 @@ Out:  model_<hardware>_<date>.md and .json: parameters, kMAC per pixel, frames p
       model's own call on the whole clip and for our streaming, eager and compiled, per dtype and layout, with what
       each changes in the latent; memory against length.
 Cost: seconds to minutes per row on a CPU; a process each.
-Errors: UsageError for an unknown name or an output that is no directory; a way that a model cannot run says why.
+Errors: UsageError for an unknown name or an output that is no directory; a way that a model cannot run, or that takes
+    longer than half an hour, says so in its row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from pipeline.errors import UsageError
 
 Json = dict[str, Any]
 _LENGTHS = (33, 1025)
+_LIMIT_SECONDS = 1800.0  # of a row
+_PEAK = {"cpu": "of the process", "cuda": "that torch allocated on the GPU"}
 # glibc keeps freed buffers as it sees fit, which hides tens of MiB of memory that is or is not in use.
 _GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
 
@@ -93,15 +96,19 @@ def _measured(command: BenchModel, device: str, spec: Json, frames: int, size: i
         "repetitions": command.repetitions,
         "threads": command.threads,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.bench.model_child"],
-        input=json.dumps(asked),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, **(_GIVE_MEMORY_BACK if spec["how"] == "length" else {})},
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.bench.model_child"],
+            input=json.dumps(asked),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **(_GIVE_MEMORY_BACK if spec["how"] == "length" else {})},
+            text=True,
+            check=False,
+            timeout=_LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"timed out after {_LIMIT_SECONDS:g} s"}
     fields: Json = json.loads(done.stdout) if done.stdout else {"error": f"the process ended with {done.returncode}"}
     return fields
 
@@ -112,6 +119,7 @@ def _about(command: BenchModel, device: str) -> Json:
         ("torch", "diffusers"),
         repetitions=command.repetitions,
         threads=command.threads,
+        device=device,
         clip=f"{command.frames}x{command.size}x{command.size} (or the nearest on a model's grid)",
     )
     return {**told, "hardware": f"{told['hardware']}; on {device_name(device)}"}
@@ -119,7 +127,7 @@ def _about(command: BenchModel, device: str) -> Json:
 
 def to_markdown(result: Json) -> Iterator[str]:
     """The whole page."""
-    told = result["about"]
+    told, peak = result["about"], _PEAK[result["about"]["device"]]
     yield from ("# Model benchmark", "", f"- command: `{told['command']}`", f"- date: {told['date']}")
     yield f"- hardware: {told['hardware']}; {told['threads']} threads"
     yield f"- versions: {', '.join(f'{name} {version}' for name, version in told['versions'].items())}"
@@ -127,6 +135,10 @@ def to_markdown(result: Json) -> Iterator[str]:
     yield "- plain: the model's own call on the whole clip; streamed: canonical chunks of at least 8 frames"
     yield "- share: of the rate of a large matrix product in the same process, a moment later: rough on a busy machine"
     yield "- latent error: the largest against float32, eager and contiguous, in standard deviations of the latent"
+    yield f"- peak MiB: {peak}, in the timed encodes"
+    if told["device"] == "cuda":
+        tf32 = "with" if any(row.get("tf32") for row in result["rows"]) else "without"
+        yield f"- float32 rows: convolutions, and the product that is 100 %, {tf32} TF32; the reference latent without"
     yield ""
     yield "| model | encoder / decoder, M | dtype | how | kMAC/pixel | frames/s | peak MiB | share | latent error |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -143,9 +155,9 @@ def to_markdown(result: Json) -> Iterator[str]:
             f"{row['peak_mib']:.0f} | {share} | {row['latent_error_std']:.1g} |"
         )
     yield from ("", "## Memory of a streamed encode and length: tiny-4x8x8x16, float32", "")
-    yield from ("| frames | peak MiB of the process |", "|---|---|")
+    yield from (f"| frames | peak MiB {peak} |", "|---|---|")
     for row in result["lengths"]:
-        yield f"| {row['frames']} | {row['peak_mib']:.1f} |"
+        yield f"| {row['frames']} | {row['error'] if 'error' in row else format(row['peak_mib'], '.1f')} |"
 
 
 def _speed(cell: Json) -> str:

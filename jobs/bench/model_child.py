@@ -4,14 +4,16 @@ In:   JSON on stdin: {"model", "how", "compiled", "dtype", "layout", "device", "
       "threads"}.
       how: "plain", the model's own call on the whole clip; "streamed", canonical chunks; "length", chunks that are made
       when they are wanted, so that memory is the model's and the latent's alone.
-Out:  JSON on stdout: parameters, kMAC per pixel, frames per second, peak MiB, share of the device's matrix rate, the
-      latent's error against float32, eager and contiguous; or {"error"}.
+Out:  JSON on stdout: parameters, kMAC per pixel, frames per second, peak MiB of the timed encodes (of the process; on
+      CUDA what torch allocated there), share of the device's matrix rate, the latent's error against float32 (no TF32),
+      eager and contiguous, whether float32 convolutions take TF32; or {"error"}.
 Cost: what is measured; the full-size models need up to 10 GB.
 Errors: a model that cannot be built or run so becomes {"error"}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from models.autoencoder import CausalAutoencoder
 from models.config import PRESETS, ModelConfig
 from models.native import NativeBackend
+from models.pixels import to_pixels
 from models.pretrained import real_configs
 from models.spec import Geometry
 from models.streamed import EncodesChunks, default_chunk_frames
@@ -102,7 +105,8 @@ def measure(spec: Json) -> Json:
     chunk_frames = default_chunk_frames(geometry)
 
     def noise(num_frames: int) -> Tensor:
-        return torch.rand(1, 3, num_frames, size, size, device=device) * 2 - 1
+        # Through the pipeline's own function: strides decide which convolutions run.
+        return to_pixels(torch.randint(256, (1, num_frames, size, size, 3), dtype=torch.uint8, device=device), device)
 
     def noise_in_chunks() -> Iterator[Tensor]:
         yield from map(noise, _chunks(frames, chunk_frames))
@@ -117,16 +121,18 @@ def measure(spec: Json) -> Json:
         return stream(backend, _split(clip, _chunks(frames, chunk_frames)))
 
     with torch.inference_mode():
-        reference = None if spec["how"] == "length" else encode()
-        _forget_peak(device)
+        with _tf32(torch.backends.cudnn, allowed=False):
+            reference = None if spec["how"] == "length" else encode().cpu()
         built.move(device, dtype)
         _set_layout(model, spec["layout"])
+        clip = clip.to(dtype)
+        kmacs = None if reference is None else _count_macs(encode) / pixels / 1e3
         if spec["compiled"]:
             model.encoder.compile()  # type: ignore[union-attr]
-        clip = clip.to(dtype)
-        kmacs = None if spec["compiled"] or spec["how"] == "length" else _count_macs(encode) / pixels / 1e3
-        error_std = None if reference is None else _error_std(encode(), reference)
+        error_std = None if reference is None else _error_std(encode().cpu(), reference)
+        _forget_peak(device)
         seconds = statistics.median(_seconds(encode, device) for _ in range(spec["repetitions"]))
+        peak_mib = _peak_mib(device)
     rate = None if kmacs is None else 2e3 * kmacs * pixels / seconds / _matrix_rate(device, dtype)
     parameters = {half: sum(p.numel() for p in getattr(model, half).parameters()) for half in ("encoder", "decoder")}
     return {
@@ -134,9 +140,10 @@ def measure(spec: Json) -> Json:
         "shape": [frames, size, size],
         "kmacs_per_pixel": kmacs,
         "frames_per_second": frames / seconds,
-        "peak_mib": _peak_mib(device),
+        "peak_mib": peak_mib,
         "matrix_share": rate,
         "latent_error_std": error_std,
+        "tf32": _takes_tf32(device),
     }
 
 
@@ -184,15 +191,31 @@ def _finish(device: torch.device) -> None:
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations per second of a large matrix product here: what 100 % would be."""
+    """Floating point operations per second of a large matrix product here, rounded as convolutions are: 100 %."""
     side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = min(_seconds(lambda: left @ right, device) for _ in range(5))
+    with _tf32(torch.backends.cuda.matmul, allowed=_takes_tf32(device)):
+        seconds = min(_seconds(lambda: left @ right, device) for _ in range(5))
     return 2.0 * side * side * side / seconds
 
 
+def _takes_tf32(device: torch.device) -> bool:
+    """Whether float32 convolutions round to TF32: cuDNN's do, unless told otherwise; matrix products do not."""
+    return device.type == "cuda" and torch.backends.cudnn.allow_tf32
+
+
+@contextlib.contextmanager
+def _tf32(backend: Any, *, allowed: bool) -> Iterator[None]:
+    """With TF32 or without in torch.backends.cudnn or .cuda.matmul (cudnn.flags would switch cuDNN itself off)."""
+    before, backend.allow_tf32 = backend.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        backend.allow_tf32 = before
+
+
 def _forget_peak(device: torch.device) -> None:
-    """So that the float32 reference does not count."""
+    """So that neither the float32 reference nor counting, compiling and warming up count."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -9,11 +9,11 @@ Errors: UsageError from a record that cannot be.
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import tyro
 
+from jobs.cores import usable_cores
 from jobs.evaluate.config import EvaluateSettings
 from jobs.flags import ConfigFile, DecodeFlags, Shards, require_positive
 from pipeline.buckets import BucketConfig
@@ -36,7 +36,7 @@ class Compare(ConfigFile):
     settings: EvaluateSettings = EvaluateSettings(
         sampling=SamplingConfig(frames=(9,)), buckets=BucketConfig(sizes=("32x32",))
     )
-    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = dataclasses.field(default_factory=usable_cores)
     """CPU threads of the judge; how many a training has is its recipe's."""
     engine: DecodeFlags = DecodeFlags()
 

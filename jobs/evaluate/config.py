@@ -9,12 +9,12 @@ Errors: UsageError from a record that cannot be.
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from jobs.cores import usable_cores
 from jobs.flags import ConfigFile, DecodeFlags, Shards, require_positive
 from pipeline.buckets import BucketConfig
 from pipeline.decode.records import DecoderName
@@ -64,7 +64,7 @@ class Evaluate(ConfigFile):
     baseline_shards: tuple[str, ...] = ()
     """Tars to fit PCA and the ELBO's likelihood to: the training tars. None: neither is given."""
     settings: EvaluateSettings = EvaluateSettings()
-    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = dataclasses.field(default_factory=usable_cores)
     """CPU threads of the networks. The number changes the last bits of a latent on a CPU."""
     engine: DecodeFlags = DecodeFlags()
 

@@ -9,12 +9,12 @@ Errors: UsageError from a record that cannot be.
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from jobs.cores import usable_cores
 from jobs.flags import (
     ConfigFile,
     PlacementFlags,
@@ -96,7 +96,7 @@ class RankFlags(PlacementFlags):
 
     workers: int = 1
     """Ranks that train together, each on its part of every batch (one GPU each with --device cuda)."""
-    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = dataclasses.field(default_factory=usable_cores)
     """CPU threads of a rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks train; auto takes CUDA when there is one."""
@@ -183,7 +183,7 @@ class TrainPrior(StoreFlags):
     """Peak learning rate."""
     seed: int = 0
     """Seed of weights and order."""
-    threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = dataclasses.field(default_factory=usable_cores)
     """CPU threads of the trainer."""
 
     def __post_init__(self) -> None:

@@ -203,7 +203,7 @@ class _Loop:
         return float(loss_sum / num_clips)
 
     def _clips_of(self, order: Curriculum, **changes: Any) -> TrainingClips:
-        ahead_bytes = self._job.command.engine.window_mb << 20
+        ahead_bytes = self._job.command.engine.usual_window_mb << 20
         where = {"rank": rank(), "num_ranks": world_size(), **changes}
         return TrainingClips(order, self._decoders, ahead_bytes=ahead_bytes, **where)
 

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,23 @@ import pytest
 import torch
 
 from jobs.__main__ import main
+from jobs.bench import encode as bench_encode
+from jobs.bench import encode_runs
 from jobs.bench.config import ENCODE_ENCODERS, ENCODE_SETS, OTHERS, OURS, BenchEncode
 from jobs.bench.encode import _held_to
 from jobs.bench.encode_bare import encoder_alone, stages
 from jobs.bench.encode_child import CONTENDERS, Batcher, Work, decode_decord, decode_pyav
 from jobs.bench.encode_report import against, bound_seconds, goals, over_bound, slower_of_ours, to_markdown
-from jobs.bench.encode_runs import Job, bare_stages, run_contender, samples_of
+from jobs.bench.encode_runs import Job, bare, bare_stages, run_contender, samples_of
 from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
-from jobs.bench.processes import watch
+from jobs.bench.processes import Watched, watch
 from jobs.prepare import open_encoder
+from pipeline.buckets import Bucket
 from pipeline.decode.backend import decode_windows
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, MediaSource, Window
 from pipeline.errors import UsageError
-from pipeline.plan import load_plan
+from pipeline.plan import Unit, load_plan
 from pipeline.storage import open_storage
 from pipeline.store import open_header
 from tests.clips import numbered_video, read_number, stored
@@ -91,7 +95,10 @@ class TestReport:
         page = to_markdown({"about": {**ABOUT, "device": "cuda (H)"}, "cases": [on_gpu]})
         assert "encoders that compute run on cuda (H)" in page
         assert "computes on cuda, random weights" in page
-        assert "2.4 cores decode as fast as it encodes." in page
+        assert "3.2 cores decode, call it and write as fast as it encodes." in page
+        assert "3.2 cores decode, batch and write as fast as it sleeps." in to_markdown(
+            {"about": ABOUT, "cases": [case(one)]}
+        )
 
     def test_ratios_are_taken_within_rounds_and_a_dead_contender_has_none(self) -> None:
         rounds = [
@@ -137,6 +144,14 @@ class TestReport:
     def test_nobody_ahead_is_said(self) -> None:
         page = to_markdown({"about": ABOUT, "cases": [case(turn(local=run(), plain=run(seconds=20)))]})
         assert "No other contender is ahead of ours in any row." in page
+
+    def test_a_case_that_failed_says_so_and_counts_nowhere_else(self) -> None:
+        failed = {"set": "huge", "about": "few clips", "encoder": "wan-2.1-full", "error": "CUDA out of memory"}
+        measured = case(turn(local=run(), plain=run(seconds=5)))
+        page = to_markdown({"about": ABOUT, "cases": [failed, measured]})
+        rest = page.replace("## huge: few clips\n\nEncoder: **wan-2.1-full**. Not measured: CUDA out of memory\n\n", "")
+        assert rest == to_markdown({"about": ABOUT, "cases": [measured]}) != page
+        assert "No other contender" not in to_markdown({"about": ABOUT, "cases": [failed]})
 
 
 class TestScripts:
@@ -249,7 +264,7 @@ class TestRuns:
         assert found["write_cpu_seconds"] > 0
         alone = encoder_alone(plan, encoder)
         assert alone["clips"] == 39
-        assert asleep < alone["seconds"] < 2 * asleep
+        assert alone["encoder_cpu_seconds"] < asleep < alone["encoder_wall_seconds"] < 2 * asleep
 
 
 def test_the_sets_hold_the_clips_that_they_promise(tmp_path: Path, videos: Path) -> None:
@@ -297,6 +312,74 @@ class TestWatch:
         assert watched.returncode == -9
         assert watched.cause.startswith("killed after ")
         assert time.monotonic() - began < 10
+
+
+A_JOB = Job(
+    "huge:x", Path("scratch"), (Path("0.tar"),), (), 1, ENCODER, "cpu", "float32", 16, 1, 9.0,
+    samples=({"num_frames": 81, "height": 480, "width": 832}, {"num_frames": 17, "height": 128, "width": 128}),
+)  # fmt: skip
+
+
+class TestBare:
+    def test_the_encoder_alone_takes_full_batches_and_has_met_every_bucket(self) -> None:
+        small, large = Bucket(1, 16, 16), Bucket(5, 16, 16)
+        rows = {Unit(small, 0): 8, Unit(small, 1): 3, Unit(large, 0): 5}
+        plan: Any = SimpleNamespace(
+            units=lambda: iter(rows), num_rows=rows.get, recipe=SimpleNamespace(batch_size={small: 4, large: 2}.get)
+        )
+        calls: list[tuple[int, ...]] = []
+
+        def encode(frames: torch.Tensor) -> None:
+            calls.append(tuple(frames.shape[:2]))
+            time.sleep(0.002)
+
+        encoder: Any = SimpleNamespace(encode=encode)
+        found = encoder_alone(plan, encoder)
+        assert calls == [(4, 1), (2, 5)] + [(4, 1)] * 3 + [(2, 5)] * 3
+        assert found["clips"] == 16
+        assert found["encoder_cpu_seconds"] < 0.012 <= found["encoder_wall_seconds"]
+
+    @pytest.mark.parametrize(("device", "encode_cpu"), [("cpu", 0.5), ("cuda", 0.5 + 0.25)])
+    def test_what_an_encoder_on_a_gpu_takes_of_the_cpu_is_in_the_encode(
+        self, device: str, encode_cpu: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        measured = {
+            "stages": {"clips": 2, "decode_cpu_seconds": 4.0, "encode_cpu_seconds": 1.0, "write_cpu_seconds": 0.2},
+            "encoder": {"clips": 4, "encoder_cpu_seconds": 1.0, "encoder_wall_seconds": 3.0},
+        }
+        monkeypatch.setattr(encode_runs, "_bare", lambda job, what, *_: measured[what])
+        found = bare(dataclasses.replace(A_JOB, device=device), tmp_path, 2)
+        assert found["encode_cpu_seconds"] == pytest.approx(encode_cpu)
+        assert found["decode_cpu_seconds"] == pytest.approx(2.0)
+        assert found["encoder_seconds"] == pytest.approx(0.75)
+
+    def test_a_case_whose_bare_stages_die_ends_no_other(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 90 GiB\n"
+
+        def rounds(_: BenchEncode, name: str, *__: Any) -> dict[str, Any]:
+            if name == "huge:balanced":
+                encode_runs._require(Watched(1, 0.0, 1.0, (), ((0.5, "Traceback\n"), (0.5, said)), 1.0, 1.0))
+            return case(turn(local=run()))
+
+        monkeypatch.setattr(bench_encode, "_rounds", rounds)
+        flags = ["--hardware", "here", "--cases", "huge:balanced", "short:balanced", "--device", "cpu"]
+        assert main(["bench", "encode", "--output", str(tmp_path), *flags]) == 1
+        (path,) = tmp_path.glob("encode_here_*.json")
+        failed, measured = json.loads(path.read_text())["cases"]
+        assert failed["error"] == said.strip()
+        assert measured["clips"] == 100
+        assert f"Not measured: {said}" in path.with_suffix(".md").read_text()
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_encoder_on_a_gpu_has_one_thread_unless_told_otherwise() -> None:
+    assert BenchEncode(cores=6).threads_on("cuda") == 1
+    assert BenchEncode(cores=6).threads_on("cpu") == 6
+    assert BenchEncode(encode_threads=3).threads_on("cuda") == 3
+    with pytest.raises(UsageError, match="--encode-threads must not be negative"):
+        BenchEncode(encode_threads=-1)
 
 
 def test_cores_are_given_back() -> None:

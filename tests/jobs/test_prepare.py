@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,9 @@ from pipeline.ledger import unit_name
 from pipeline.plan import Unit, load_plan
 from pipeline.storage import LocalStorage
 from pipeline.store import open_header
+from pipeline.worker import EncodeWorker
 from tests.clips import numbered_video
-from tests.fakes import FAKE_CARD, FakeEncoder, planned_store, sample_members, write_tar
+from tests.fakes import FAKE_CARD, FakeEncoder, planned_store, sample_members, write_numbered_shards, write_tar
 
 RECIPE = ["--encoder", "fake", "--frames", "9", "--sizes", "32x32", "--batch-size", "2", "--unit-rows", "2"]
 Run = Callable[..., int]
@@ -246,3 +248,21 @@ def test_an_encoder_on_a_gpu_is_warmed_up_before_there_is_work(
     assert prepare.ready_encoder("m", device, plan) is encoder
     assert opened == [("m", device, "float32")]
     assert encoder.batches == calls
+
+
+@pytest.mark.parametrize(("flags", "window_mb"), [((), 512), (("--window-mb", "7"), 7)])
+def test_the_window_is_the_plans_unless_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], window_mb: int
+) -> None:
+    seen: list[int] = []
+
+    class Seeing(EncodeWorker):
+        def __init__(self, *arguments: Any) -> None:
+            seen.append(arguments[4])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("pipeline.local.EncodeWorker", Seeing)
+    (shard,) = write_numbered_shards(tmp_path / "shards", 1, 2)
+    recipe = ("--encoder", "rehearsal:4x8x8x16@100", "--frames", "9", "--sizes", "32x32")
+    assert main(["encode", str(shard), "--store", str(tmp_path / "store"), "--local", *recipe, *flags]) == 0
+    assert seen == [window_mb << 20]

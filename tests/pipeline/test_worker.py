@@ -22,6 +22,7 @@ from pipeline.clip_streams import StreamPlan
 from pipeline.decode.records import DecodeRequest, Window
 from pipeline.decode_requests import Decoders, next_slice, require_unchanged, to_messages, to_requests
 from pipeline.errors import ShardError, StoreError, UnitError
+from pipeline.feed import default_window_bytes
 from pipeline.ledger import read_rows, unit_name
 from pipeline.placement import Clip
 from pipeline.plan import Plan, Unit
@@ -562,6 +563,15 @@ def test_seconds_say_what_the_encoder_waited_for(make: Callable[..., Setup], mon
 
 
 # pure
+
+
+def test_a_window_has_room_for_what_is_under_way_at_a_time(tmp_path: Path) -> None:
+    _, plan = planned_store(tmp_path, SHARDS, recipe_of(2, 100, 100, ("512x512",)))
+    (tmp_path / "films").mkdir()
+    _, films = planned_store(tmp_path / "films", FILMS, film_recipe())
+    assert default_window_bytes(films, 2) == 512 << 20
+    assert default_window_bytes(plan, 3) == (2 * 3 + 4 * 100) * 9 * 512 * 512 * 3
+    assert default_window_bytes(films, 20_000) == (2 * 20_000 + 4 * 2) * 41 * 32 * 32 * 3  # those of 81 frames stream
 
 
 def clips_in(rows: range, shard: str = "s.tar", per_sample: int = 2) -> list[Clip]:
