@@ -139,6 +139,13 @@ class CausalAutoencoder(nn.Module):
             if weight.ndim == 5:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Compute there, in that dtype. Bottlenecks stay in float32: a stored latent is made of their very codes."""
+        self.to(device)
+        for part in self.children():
+            if not isinstance(part, Bottleneck):
+                part.to(dtype)
+
     def forward(self, pixels: Tensor, *, step: int = 0, generator: torch.Generator | None = None) -> Reconstruction:
         """Encode, pass the bottleneck as training does at that step, decode: one pass over whole clips."""
         self.config.geometry.latent_shape(*pixels.shape[2:])

@@ -95,7 +95,8 @@ class CausalConv3d(TemporalConv3d):
         past = _past(self, state)
         if past is None:
             past = x[:, :, :1].expand(-1, -1, self.past_frames, -1, -1)
-        x = torch.cat([past, x], dim=2)
+        # Channels innermost, as models lay out their weights: oneDNN would otherwise copy the joined frames once more.
+        x = torch.cat([past.movedim(1, -1), x.movedim(1, -1)], dim=1).movedim(-1, 1)
         if state is not None:
             # A clone, since a view would keep the whole chunk alive.
             state[self.state_key] = x[:, :, x.shape[2] - self.past_frames :].clone()

@@ -39,7 +39,7 @@ class NativeBackend:
         return self.model.decode_chunk(latents, state or {})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.model.to(device, dtype)
+        self.model.move(device, dtype)
 
 
 def describe_native(directory: Path) -> EncoderCard:

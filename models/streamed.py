@@ -2,7 +2,8 @@
 
 In:   a Backend (an autoencoder that takes chunks, its state passed in and out) and its EncoderCard.
 Out:  ChunkedEncoder, a VideoEncoder (models.spec), and its streams; a whole clip is a stream that is pushed once.
-Cost: one chunk's activations, a backend's state, and the latent; no growth with T but the latent's own.
+Cost: one chunk's activations, a backend's state, and the latent; no growth with T but the latent's own, and a byte per
+      value of a clip that comes whole, which goes to the device at once.
 Errors: GeometryError before the model is called, for clips, chunks and latents that are off the grid.
 
 Canonical chunking: the leading frame alone, then chunks of `chunk_frames`, the last one filled up by repeating the
@@ -92,10 +93,10 @@ class ChunkedEncoder:
         return self._backend.one_at_a_time or self._device.type != "cpu"
 
     def encode(self, frames_BTHWC: Tensor, chunk_frames: int | None = None) -> Posterior:
-        if frames_BTHWC.ndim != 5:
-            raise GeometryError(f"frames are uint8 B T H W 3, got {tuple(frames_BTHWC.shape)}")
+        _check_frames(frames_BTHWC, self._card.geometry)
         self._card.geometry.latent_shape(*frames_BTHWC.shape[1:4])
-        return self.encode_stream(chunk_frames).run(frames_BTHWC)
+        # At once: a copy for each chunk would make the device wait for the bus each time.
+        return self.encode_stream(chunk_frames).run(frames_BTHWC.to(self._device))
 
     def decode(self, latents: Tensor) -> Tensor:
         if isinstance(self._backend, StreamingBackend):
@@ -151,9 +152,7 @@ class EncodeStream(ChunkedStream[Posterior]):
         self._geometry = geometry
 
     def _check(self, arrived: Tensor) -> None:
-        if arrived.dtype != torch.uint8 or arrived.ndim != 5 or arrived.shape[4] != 3 or not arrived.numel():
-            raise GeometryError(f"frames are uint8 B T H W 3, got {arrived.dtype} {tuple(arrived.shape)}")
-        self._geometry.latent_shape(1, *arrived.shape[2:4])
+        _check_frames(arrived, self._geometry)
 
     def _check_end(self, num_frames: int) -> None:
         self._geometry.latent_shape(num_frames, self._geometry.spatial_stride, self._geometry.spatial_stride)
@@ -195,6 +194,12 @@ class DecodeStream(ChunkedStream[torch.Tensor]):
 
     def _shorten(self, outcome: Tensor, num_frames: int) -> Tensor:
         return outcome[:, : num_frames * self._geometry.temporal_stride]
+
+
+def _check_frames(frames: Tensor, geometry: Geometry) -> None:
+    if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[4] != 3 or not frames.numel():
+        raise GeometryError(f"frames are uint8 B T H W 3, got {frames.dtype} {tuple(frames.shape)}")
+    geometry.latent_shape(1, *frames.shape[2:4])
 
 
 def _check_latents(latents: Tensor, geometry: Geometry) -> None:

@@ -124,4 +124,4 @@ class TiledBackend:
         return torch.cat(strips, dim=-2), following
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.model.to(device, dtype)
+        self.model.move(device, dtype)

@@ -7,8 +7,8 @@ Errors: CheckpointError for a config that is not causal, or weights without the 
 
 diffusers encodes a clip of these models whole, or in overlapping pieces that it blends, which changes the latents. Here
 each causal convolution of the encoder gets the frames that lie before its chunk from the stream's state. The result is
-the whole clip's to about 5e-6 of the latents' standard deviation. The layers find the state on a tape that belongs to
-the module, so one call at a time: a lock is held, and threads may share the encoder.
+the whole clip's to about 5e-6 of the latents' standard deviation. The layers find the state on a tape of which each
+thread has its own, so threads may share the encoder.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""The convolution of small inputs, which torch would leave to a slow kernel on CPUs."""
+"""What reaches the convolutions' kernels: small inputs, which torch would leave to a slow one, and their layout."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from models.autoencoder import CausalAutoencoder
 from models.causal import CausalConv3d, FrameConv3d, GroupedConv3d, TemporalConv3d
+from models.config import ModelConfig, preset
 
 LAYERS = [CausalConv3d(16, 24), FrameConv3d(16, 24), GroupedConv3d(16, 24, 2)]
 
@@ -54,3 +58,29 @@ def test_it_is_the_convolution_that_torch_computes(layer: TemporalConv3d, side: 
         strict=True,
     ):
         assert (one - other).abs().max() < 1e-4 * other.abs().max()
+
+
+def test_no_convolution_of_a_preset_has_to_transpose_its_input() -> None:
+    model = CausalAutoencoder(ModelConfig(preset("tiny-4x8x8x16"))).eval().requires_grad_(False)
+    transposed, num_calls = [], 0
+
+    def watch(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor]], None]:
+        def look(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            nonlocal num_calls
+            num_calls += 1
+            if not inputs[0].is_contiguous(memory_format=torch.channels_last_3d):
+                transposed.append((name, tuple(inputs[0].shape)))
+
+        return look
+
+    convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Conv3d)]
+    for name, conv in convolutions:
+        conv.register_forward_pre_hook(watch(name))
+    pixels = torch.rand(2, 3, 9, 32, 32)
+    _, state = model.encode_chunk(pixels[:, :, :1], {})
+    model.encode_chunk(pixels[:, :, 1:], state)
+    latent = model.encode(pixels).mean
+    _, state = model.decode_chunk(latent[:, :, :1], {})
+    model.decode_chunk(latent[:, :, 1:], state)
+    assert transposed == []
+    assert num_calls == 5 * len(convolutions) / 2

@@ -12,6 +12,7 @@ from models.bottlenecks.config import Gumbel, ResidualVq, Vq
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.config import BackboneConfig, Pyramid
 from models.encoders import load_encoder
+from models.generative.codes import grids_to_latent, latent_to_grids
 from models.generative.pca import PatchPcaMeter, psnr
 from models.kinds.ae import Ae
 from models.kinds.contractive_ae import ContractiveAe, squared_sensitivity
@@ -30,6 +31,7 @@ from models.train_settings import TrainSettings
 from models.training import random_objective, train
 from tests.backbones import NARROW
 from tests.moving_shapes import moving_shapes, shapes_pixels
+from tests.narrow import difference_std
 
 STEPS = 80
 SETTINGS = TrainSettings(learning_rate=3e-3, warmup_steps=5, ema_decay=0.9)
@@ -102,6 +104,23 @@ def test_it_learns_and_its_checkpoint_serves_the_pipeline(kind, trained):
     error = (encoder.decode(latents).float() - frames.float()).abs().mean() / (frames - mean_colour).abs().mean()
     discrete = bool(random_objective(kind, NARROW, seed=0).model.bottleneck.codebook_sizes)
     assert error < (DISCRETE if discrete else CONTINUOUS)
+
+
+@every_kind
+def test_it_serves_in_bfloat16(kind, trained):
+    """Its latents are near float32's; those of a discrete kind are made of the very codes of its codebooks."""
+    _, directory = trained(kind)
+    exact, near = (load_encoder(str(directory), compute_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    frames = next(moving_shapes(seed=1000, batch=8))
+    wanted, found = exact.encode(frames).mean, near.encode(frames).mean
+    model, _ = load_checkpoint(directory)
+    if model.bottleneck.codebook_sizes:
+        assert torch.equal(grids_to_latent(model, latent_to_grids(model, found)), found)
+        assert (found == wanted).float().mean() > 0.9
+    else:
+        assert 0 < difference_std(found, wanted) < 0.03
+    clips, near_clips = (encoder.decode(wanted).float() for encoder in (exact, near))
+    assert 0 < (near_clips - clips).abs().mean() < 2
 
 
 @every_kind

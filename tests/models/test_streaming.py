@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from models import streamed
 from models.pixels import to_pixels
 from models.spec import EncoderCard, Geometry, GeometryError, Normaliser, Posterior
 from models.streamed import ChunkedEncoder
@@ -267,7 +268,7 @@ def test_two_threads_stream_through_one_encoder(encoder):
             thread.start()
         for thread in threads:
             thread.join()
-        assert all(difference_std(found[index], wanted[index]) <= STREAM_TOLERANCE_STD for index in range(2))
+        assert all(torch.equal(found[index], wanted[index]) for index in range(2))
 
 
 def test_the_fake_encoder_streams_as_it_encodes():
@@ -279,6 +280,30 @@ def test_the_fake_encoder_streams_as_it_encodes():
     assert torch.equal(mean, wanted.mean)
     assert torch.equal(logvar, wanted.logvar)
     assert isinstance(stream.push(frames[:, :1]), Posterior)
+
+
+def test_a_whole_clip_goes_to_the_device_at_once(monkeypatch):
+    class Anywhere:
+        one_at_a_time = False
+
+        def encode_chunk(self, pixels, state):
+            assert pixels.device.type == "meta"
+            return Posterior(torch.zeros(1, 4, max(1, pixels.shape[2] // 4), 1, 2), None), {}
+
+        def to(self, device, dtype):
+            pass
+
+    arrived = []
+
+    def watched(frames, *settings):
+        arrived.append((frames.device.type, frames.shape[1]))
+        return to_pixels(frames, *settings)
+
+    monkeypatch.setattr(streamed, "to_pixels", watched)
+    card = EncoderCard("a", "a", Geometry(4, 8, 4), Normaliser((0.0,), (1.0,)), "0" * 64, posterior=False)
+    encoder = ChunkedEncoder(card, Anywhere(), "meta", torch.float32)
+    assert encoder.encode(random_frames(21)).mean.shape == (1, 4, 6, 1, 2)
+    assert arrived == [("meta", 1), ("meta", 8), ("meta", 8), ("meta", 8)]
 
 
 def test_calls_run_beside_each_other_on_cpus_only():

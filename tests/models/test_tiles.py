@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.autoencoder import CausalAutoencoder
+from models.bottlenecks.config import Vq
 from models.config import ModelConfig, Pyramid, TopLevel
 from models.pixels import to_pixels
 from models.spec import GeometryError
@@ -81,6 +82,15 @@ def test_tiles_stream_in_time(model):
     assert difference_std(mean, wanted) <= TOLERANCE_STD
     assert torch.equal(mean, encoder.encode(frames, 4).mean)
     assert (encoder.decode(wanted).int() - native_encoder(model).decode(wanted).int()).abs().max() <= 1
+
+
+def test_tiles_in_bfloat16_are_made_of_the_codes_as_they_are():
+    torch.manual_seed(0)
+    model = CausalAutoencoder(ModelConfig(NARROW, Vq(codebook_size=32))).eval().requires_grad_(False)
+    codes = {tuple(code) for code in model.bottleneck.codebook.codes().tolist()}
+    encoder = ChunkedEncoder(native_encoder(model).card, TiledBackend(model, TILE), "cpu", torch.bfloat16)
+    mean = encoder.encode(random_frames(1, height=8 * ROWS, width=8 * COLUMNS)).mean
+    assert {tuple(position) for position in mean.movedim(1, -1).flatten(0, -2).tolist()} <= codes
 
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
