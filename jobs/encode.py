@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import signal
 import sys
@@ -128,9 +129,11 @@ def _engine(
         engine = _ray_engine(storage, source, flags, device)
     else:
         engine = _local_engine(storage, plan, source, flags, device, pool)
+    gc.freeze()  # torch's objects, through which every full collection would go, with all threads waiting
     try:
         yield engine, device
     finally:
+        gc.unfreeze()
         engine.close()
 
 

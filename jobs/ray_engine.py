@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import queue
 import sys
@@ -80,6 +81,7 @@ class EncodeActor:
         encoder = ready_encoder(self._spec.encoder_source, self._spec.device, plan)
         window_bytes = self._spec.window_mb << 20 or default_window_bytes(plan, self._spec.share.decode_processes or 0)
         self._worker = EncodeWorker(encoder, decoders, storage, plan, window_bytes, _die, self._spec.encode_threads)
+        gc.freeze()  # as jobs.encode does
         node = ray.get_runtime_context().get_node_id()
         return {"pid": os.getpid(), "node": node, "decode_processes": self._spec.share.decode_processes}
 

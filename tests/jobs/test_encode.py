@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,15 @@ def test_workers_beyond_the_units_get_no_share_of_a_node(tmp_path: Path, monkeyp
     assert main(["index", tar, "--store", store, "--local", "--decode-workers", "1"]) == 0
     assert main(["encode", "--store", store, *RECIPE, *WINDOWS, "--workers", "5"]) == 1
     assert [flags.workers for flags in seen] == [2]  # three clips in units of two
+
+
+def test_collections_leave_out_what_was_there_before_the_job_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[int] = []
+    monkeypatch.setattr(encode, "run", lambda *_, **__: frozen.append(gc.get_freeze_count()))
+    tar = shard(tmp_path, a=numbered_video(num_frames=9))
+    before = gc.get_freeze_count()
+    run_encode(tar, tmp_path / "store")
+    assert frozen[0] > before + 10_000  # torch's alone are more
+    assert gc.get_freeze_count() == 0
