@@ -118,7 +118,7 @@ def test_the_cluster_says_what_auto_means(monkeypatch: pytest.MonkeyPatch, flag:
 def test_workers_beyond_the_units_get_no_share_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[EngineFlags] = []
 
-    def ray_engine(storage: object, plan: object, source: str, flags: EngineFlags, device: str) -> None:
+    def ray_engine(storage: object, source: str, flags: EngineFlags, device: str) -> None:
         seen.append(flags)
         raise JobError("enough was seen")
 
