@@ -21,7 +21,7 @@ from pipeline.shards import ShardRef
 from pipeline.storage import stat_object
 
 _MESSAGE_PIXELS = 16e6  # some 40 ms of H.264: no process waits long for another's last message
-_MESSAGE_REQUESTS = 16
+_MESSAGE_REQUESTS = 64
 
 
 class PendingDecode(Protocol):

@@ -12,12 +12,12 @@ Errors: LatentmillErrors travel as replies, and so does want of memory, after wh
 from __future__ import annotations
 
 import dataclasses
-import faulthandler
 import gc
 import json
 import logging
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,8 @@ from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, M
 from pipeline.decode.wire import Json, error_to_json, outcome_to_json, request_from_json
 from pipeline.errors import DecodeError, LatentmillError
 
-# The owner kills at the time allowed. This is for a child whose owner has died while it hangs.
+# The owner kills at the time allowed. This is for a child whose owner has died while it hangs: the system ends it at an
+# alarm that nothing handles, though native code may hold the GIL.
 _GRACE_SECONDS = 5.0
 # The encoder's threads go first where cores are short: what they wait for is decoded by then, or else they sleep.
 _NICENESS = 5
@@ -51,9 +52,9 @@ def serve(memory: FrameView, limits: DecodeLimits) -> None:
     for line in sys.stdin.buffer:
         message = json.loads(line)
         _limit_memory(limits.memory_bytes + memory.size_bytes)
-        faulthandler.dump_traceback_later(message["seconds"] + _GRACE_SECONDS, exit=True)
+        signal.setitimer(signal.ITIMER_REAL, message["seconds"] + _GRACE_SECONDS)
         reply = answers.to(message)
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _send(replies, reply)
         if not answers.has_stream:
             _drop_cycles()
