@@ -10,6 +10,7 @@ Errors: those of the pipeline.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import os
@@ -141,6 +142,7 @@ def main() -> None:
     storage = open_storage(spec["store"])
     plan = load_plan(storage, open_header(storage).recipe)
     encoder = open_encoder(spec["encoder"] or _at_once(plan), spec["device"], plan.recipe.encode.compute_dtype)
+    gc.freeze()  # as jobs do
     alone = spec["what"] == "encoder"
     result = encoder_alone(plan, encoder) if alone else stages(storage, Path(spec["output"]), plan, encoder)
     print(json.dumps(result), file=reply, flush=True)

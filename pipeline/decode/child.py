@@ -30,7 +30,7 @@ from pipeline.decode.backend import decode_pieces, decode_windows, probe_media
 from pipeline.decode.frame_memory import FrameView
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, MediaSource, Window
-from pipeline.decode.wire import Json, error_to_json, outcome_to_json, request_from_json
+from pipeline.decode.wire import Json, error_to_json, outcome_to_json, requests_from_json
 from pipeline.errors import DecodeError, LatentmillError
 
 # The owner kills at the time allowed. This is for a child whose owner has died while it hangs: the system ends it at an
@@ -85,7 +85,7 @@ class Answers:
 
     def _decoded(self, message: Json) -> Json:
         """Outcomes, and the seconds they took: of the processor, and beside those."""
-        requests = [request_from_json(fields) for fields in message["decode"]]
+        requests = list(requests_from_json(message["decode"]))
         offsets, stop = iter(message["offsets"]), message.get("stream_stop")
         cpu, wall = time.process_time(), time.perf_counter()
         outcomes = [outcome_to_json(one) for request in requests for one in self._outcomes(request, offsets, stop)]

@@ -36,7 +36,7 @@ class DecodeLimits:
     max_pixels: int = 8192 * 4320
     max_frames: int = 432_000
     memory_bytes: int = 4 << 30
-    clips_per_process: int = 10_000
+    clips_per_process: int = 100_000
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -24,7 +24,7 @@ from pipeline.decode.backend import damage, pieces_of
 from pipeline.decode.child_process import ChildLost, ChildProcess
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, MediaInfo, MediaSource
-from pipeline.decode.wire import Json, error_from_json, outcomes_from_json, request_to_json
+from pipeline.decode.wire import Json, error_from_json, outcomes_from_json, requests_to_json
 from pipeline.errors import DecodeError, UnitError
 
 _STRIKES = 2
@@ -164,11 +164,9 @@ class DecodeProcess:
 
     def _attempt(self, requests: Sequence[DecodeRequest], stream_stop: int | None = None) -> tuple[DecodeOutcome, ...]:
         child = self._running_child()
-        frames, offsets = zip(
-            *(child.memory.lend(shape) for request in requests for shape in request.frame_shapes), strict=True
-        )
+        frames, offsets = child.memory.lend_all([shape for request in requests for shape in request.frame_shapes])
         child.clips_served += len(frames)
-        message: Json = {"decode": [request_to_json(request) for request in requests], "offsets": offsets}
+        message: Json = {"decode": requests_to_json(requests), "offsets": offsets}
         # Requests that share a message are small. Should they take longer together, each gets its time by itself.
         seconds = max(map(self._limits.decode_seconds, requests))
         reply = self._exchange(message | {"stream_stop": stream_stop}, seconds)

@@ -8,7 +8,8 @@ Errors: KeyError for a dictionary that the other side did not make.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -28,28 +29,30 @@ from pipeline.decode.records import (
 Json = dict[str, Any]
 
 
-def request_to_json(request: DecodeRequest) -> Json:
-    """All of a request."""
-    fps = request.grid.fps
-    return {
-        "source": dict(vars(request.source)),
-        "grid": {"fps": None if fps is None else str(fps), "frame_step": request.grid.frame_step},
-        "windows": [dict(vars(window)) for window in request.windows],
-        "shape": dict(vars(request.shape)),
-        "decoder": request.decoder,
-    }
+def requests_to_json(requests: Sequence[DecodeRequest]) -> list[Json]:
+    """All of the requests, in order; what neighbours share goes once."""
+    return [
+        {
+            "grid": {"fps": None if grid.fps is None else str(grid.fps), "frame_step": grid.frame_step},
+            "shape": dict(vars(shape)),
+            "decoder": decoder,
+            "media": [
+                [dict(vars(one.source)), [(window.start, window.num_frames) for window in one.windows]] for one in alike
+            ],
+        }
+        for (grid, shape, decoder), alike in itertools.groupby(requests, lambda one: (one.grid, one.shape, one.decoder))
+    ]
 
 
-def request_from_json(fields: Json) -> DecodeRequest:
-    """Undo `request_to_json`."""
-    fps = fields["grid"]["fps"]
-    return DecodeRequest(
-        source=MediaSource(**fields["source"]),
-        grid=Grid(None if fps is None else Fraction(fps), fields["grid"]["frame_step"]),
-        windows=tuple(Window(**window) for window in fields["windows"]),
-        shape=ClipShape(**fields["shape"]),
-        decoder=fields["decoder"],
-    )
+def requests_from_json(groups: Sequence[Json]) -> Iterator[DecodeRequest]:
+    """Undo `requests_to_json`."""
+    for group in groups:
+        fps = group["grid"]["fps"]
+        grid = Grid(None if fps is None else Fraction(fps), group["grid"]["frame_step"])
+        shape = ClipShape(**group["shape"])
+        for source, windows in group["media"]:
+            wanted = tuple(Window(*window) for window in windows)
+            yield DecodeRequest(MediaSource(**source), grid, wanted, shape, group["decoder"])
 
 
 def outcome_to_json(outcome: DecodeOutcome) -> Json:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import gc
 import json
+import math
 import os
 import resource
 import signal
@@ -28,7 +29,7 @@ from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pool import ProcessPool
 from pipeline.decode.process import DecodeProcess
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, MediaSource, Window
-from pipeline.decode.wire import request_to_json
+from pipeline.decode.wire import requests_to_json
 from pipeline.errors import DecodeError, ShardError, UnitError
 from tests.clips import numbered_image, numbered_video, read_number, stored
 
@@ -271,7 +272,7 @@ def test_the_child_ends_itself_when_it_hangs_and_its_owner_is_gone(video, tmp_pa
     ) as child:
         assert json.loads(child.stdout.readline()) == {"ready": True}
         # The grace of 5 seconds, less 4.5.
-        message = {"decode": [request_to_json(request)], "offsets": [offset], "seconds": -4.5}
+        message = {"decode": requests_to_json([request]), "offsets": [offset], "seconds": -4.5}
         child.stdin.write(json.dumps(message).encode() + b"\n")
         child.stdin.flush()
         assert child.wait(timeout=10) == -signal.SIGALRM
@@ -395,6 +396,23 @@ def test_both_sides_see_the_same_memory_however_it_grows(any_python):
     for number, (array, _) in enumerate(lent):
         assert array.shape == shapes[number]
         assert (array == number).all()
+    memory.close()
+
+
+@pytest.mark.parametrize("rows", [64, 2048])  # the larger ones do not fit the memory of small neighbours
+def test_what_is_lent_for_a_message_is_apart_and_goes_back_with_its_last_part(rows):
+    memory = SharedFrameMemory()
+    view, shapes = FrameView(memory.fd), [(1, rows, 1024, 3), (2, rows // 2, 1024, 3), (1, 8, 8, 3)]
+    arrays, offsets = memory.lend_all(shapes)
+    for number, (shape, offset) in enumerate(zip(shapes, offsets, strict=True)):
+        view.array(offset, shape)[...] = number
+    assert [array.shape for array in arrays] == shapes
+    assert [set(array.flat) for array in arrays] == [{0}, {1}, {2}]
+    is_together = rows == 64
+    for left in (2, 1, 0):
+        assert (memory.free_bytes == 0) == (is_together or left == 2)
+        arrays.pop(0)
+    assert memory.free_bytes >= sum(map(math.prod, shapes))
     memory.close()
 
 
