@@ -93,6 +93,12 @@ class FilterConfig:
         if self.keep is not None:
             compile_keep(self.keep)
 
+    @functools.cached_property
+    def bounds(self) -> dict[str, float]:
+        """Those that are set."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "keep" and value is not None}
+
 
 def reject_reason(config: FilterConfig, facts: Facts) -> str | None:
     """Why a sample is filtered, or None to keep it.
@@ -100,9 +106,10 @@ def reject_reason(config: FilterConfig, facts: Facts) -> str | None:
     Reasons: the names of the bounds, first one first; "keep", the expression does not hold; "keep_missing_field", no
     such meta key or index; "keep_type_error", unfit operands, division by zero; "keep_bad_metadata", no JSON object.
     """
-    for reason, value in _bounded(facts).items():
-        bound = getattr(config, reason)
-        if bound is not None and not (value >= bound if reason.startswith("min_") else value <= bound):
+    values = _bounded(facts) if config.bounds else {}
+    for reason, bound in config.bounds.items():
+        value = values.get(reason, bound)  # an image has not all of them
+        if not (value >= bound if reason.startswith("min_") else value <= bound):
             return reason
     return None if config.keep is None else _keep_reason(compile_keep(config.keep), facts)
 

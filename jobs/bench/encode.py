@@ -81,6 +81,7 @@ def _about(command: BenchEncode, device: str) -> Json:
         cores=command.cores,
         decode_workers=command.decode_workers,
         encode_threads=command.threads_on(device),
+        sleeping_threads=command.threads_on("cuda"),
         seconds_per_set=command.seconds_per_set,
     )
 
@@ -142,7 +143,7 @@ def _sized_job(command: BenchEncode, case: str, device: str, videos: Path, scrat
         device="cpu" if encoder in SLEEPING else device,
         compute_dtype=command.compute_dtype,
         decode_workers=command.decode_workers,
-        encode_threads=command.threads_on(device),
+        encode_threads=command.threads_on("cuda" if encoder in SLEEPING else device),
         limit_seconds=300 + 30 * command.seconds_per_set,
     )
     pilot = store_with_plan(job, job.tars, scratch / "pilot")

@@ -48,7 +48,8 @@ def _head(about: Json) -> Iterator[str]:
     yield f"- hardware: {about['hardware']}"
     yield f"- versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
     yield f"- every contender, in its turn: {about['cores']} cores, {about['decode_workers']} decode processes (the"
-    yield f"  plain script has none, but FFmpeg's threads), {about['encode_threads']} threads of the encoder in all,"
+    threads, sleeping = about["encode_threads"], about["sleeping_threads"]
+    yield f"  plain script has none, but FFmpeg's threads), {threads} threads of encoders in all, {sleeping} of those that sleep,"
     yield f"  {about['compute_dtype']}, the same batch size; encoders that compute run on {about['device']}"
     yield f"- medians of {about['repetitions']} rounds in rotating order, in brackets the least and the most; ratios"
     yield "  are taken within a round"

@@ -28,9 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _SEGMENT_BYTES = 64 << 20
-_TOGETHER_BYTES = (
-    8 << 20
-)  # of neighbours, which are soon in a batch: lending costs 10 us, as much as a tiny clip's copy
+_TOGETHER_BYTES = 8 << 20  # of neighbours, soon in one batch: lending costs 10 us, as much as to copy a tiny clip
 # Of the kernel's headers; Pythons built with old ones (conda's) lack the names, and os.memfd_create.
 _CLOEXEC, _ALLOW_SEALING = 1, 2
 _ADD_SEALS, _SEAL_SHRINK = 1033, 2

@@ -72,7 +72,8 @@ def case(*rounds: dict[str, Any], encoder: str = "balanced", **more: Any) -> dic
 
 ABOUT = {
     "command": "c", "date": "d", "commit": "abc", "hardware": "h", "versions": {"av": "18"}, "repetitions": 1,
-    "cores": 2, "decode_workers": 2, "encode_threads": 2, "device": "cpu", "compute_dtype": "float32",
+    "cores": 2, "decode_workers": 2, "encode_threads": 2, "sleeping_threads": 1, "device": "cpu",
+    "compute_dtype": "float32",
 }  # fmt: skip
 
 
