@@ -49,8 +49,9 @@ def _head(about: Json) -> Iterator[str]:
     yield f"- versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
     yield f"- every contender, in its turn: {about['cores']} cores, {about['decode_workers']} decode processes (the"
     threads, sleeping = about["encode_threads"], about["sleeping_threads"]
-    yield f"  plain script has none, but FFmpeg's threads), {threads} threads of encoders in all, {sleeping} of those that sleep,"
-    yield f"  {about['compute_dtype']}, the same batch size; encoders that compute run on {about['device']}"
+    yield f"  plain script has none, but FFmpeg's threads), {threads} threads of encoders in all, {sleeping} of"
+    yield f"  those that sleep, {about['compute_dtype']}, the same batch size; encoders that compute run on"
+    yield f"  {about['device']}"
     yield f"- medians of {about['repetitions']} rounds in rotating order, in brackets the least and the most; ratios"
     yield "  are taken within a round"
     yield "- seconds run from the encoder loaded and the first decode begun to the last latent written; start and end"

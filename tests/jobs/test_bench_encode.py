@@ -94,7 +94,7 @@ class TestReport:
         assert goal.measured.median == pytest.approx(5 / 8.5)
         assert not any(goal.name.startswith("real") for goal in goals([on_gpu], 8))
         page = to_markdown({"about": {**ABOUT, "device": "cuda (H)"}, "cases": [on_gpu]})
-        assert "encoders that compute run on cuda (H)" in page
+        assert "encoders that compute run on\n  cuda (H)" in page
         assert "computes on cuda, random weights" in page
         assert "3.2 cores decode, call it and write as fast as it encodes." in page
         assert "3.2 cores decode, batch and write as fast as it sleeps." in to_markdown(
