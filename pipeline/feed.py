@@ -32,6 +32,10 @@ from pipeline.store import absent_rows
 from pipeline.unit_job import UnitJob
 
 _MESSAGES_PER_WINDOW = 4  # One message must leave room in the window for others to be decoded beside it.
+_CLIPS_PER_PROCESS = 2  # of the window: one under way, one asked for
+_BATCHES = 4  # of the window: one in each stage that has frames, and one that fills
+_NOTHING: Future[tuple[DecodeOutcome, ...]] = Future()
+_NOTHING.set_result(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,6 @@ class Piece:
     num_bytes: int
     place: int
     outcome: DecodeOutcome
-
-
-_CLIPS_PER_PROCESS = 2  # one under way, one asked for
-_BATCHES = 4  # one in each stage that has frames, and one that fills
-
-_NOTHING: Future[tuple[DecodeOutcome, ...]] = Future()
-_NOTHING.set_result(())
 
 
 def default_window_bytes(plan: Plan, decode_processes: int) -> int:
@@ -140,7 +137,7 @@ class Feed:
         for requests, num_windows in zip(messages, num_clips, strict=True):
             num_bytes = num_windows * clip_bytes
             if job.future.done() or not self._window.acquire(num_bytes, needed_bytes):
-                # What is decoded and in no batch yet is given back by whoever takes the next message, if any comes.
+                # The batch stage gives back what is decoded and in no batch, when it sees that the job is over: here.
                 self._outbox.put(Decoding(job, 0, _NOTHING))
                 return
             self._outbox.put(Decoding(job, num_bytes, self._decoders.submit(*requests)))
