@@ -618,10 +618,10 @@ def test_requests_group_windows_of_a_sample(group_clips: float, expected: list[i
 
 @pytest.mark.parametrize(
     ("height", "group_clips", "expected"),
-    [(64, 1000, [16, 16, 8]), (64, 7, [7, 7, 7, 7, 7, 5]), (6400, 1000, [4] * 10), (64000, 1000, [1] * 40)],
+    [(64, 1000, [64, 36]), (64, 7, [7] * 14 + [2]), (6400, 1000, [4] * 25), (64000, 1000, [1] * 100)],
 )
 def test_messages_take_small_neighbours_together(height: int, group_clips: int, expected: list[int]) -> None:
-    clips = clips_in(range(40), per_sample=1)
+    clips = clips_in(range(100), per_sample=1)
     clips = [dataclasses.replace(clip, media=dataclasses.replace(clip.media, height=height)) for clip in clips]
     messages = to_messages(clips, recipe_of(4), group_clips * CLIP_BYTES)
     assert [len(requests) for requests in messages] == expected
