@@ -127,8 +127,8 @@ class SharedFrameMemory(FrameMemory):
             return list(arrays), list(offsets)
         whole, offset = self.lend((sum(sizes),))
         ends = list(itertools.accumulate(sizes, initial=0))
-        parts = zip(ends, ends[1:], shapes, strict=False)
-        return [whole[start:end].reshape(shape) for start, end, shape in parts], [offset + start for start in ends[:-1]]
+        pairs = zip(itertools.pairwise(ends), shapes, strict=True)
+        return [whole[start:end].reshape(shape) for (start, end), shape in pairs], [offset + one for one in ends[:-1]]
 
     def close(self) -> None:
         """Give the descriptor back; memory goes with the last array."""
