@@ -1,6 +1,6 @@
 """One generation of the plan, and its file: counts per (shard, bucket), not a line per clip.
 
-In:   lines: which rows of which bucket belong to which shard, and how many samples have none.
+In:   lines: which rows of which bucket belong to which shard, and how many samples have none; the recipe.
 Out:  `plan/000000.parquet`: the same generation gives the same bytes (with one version of pyarrow).
 Cost: about 100 bytes per line.
 Errors: MismatchError for another format version; StoreError for a file that is damaged.
@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline import parquet
 from pipeline.buckets import Bucket
 from pipeline.errors import MismatchError, StoreError
-from pipeline.recipe import FORMAT_VERSION
+from pipeline.recipe import FORMAT_VERSION, Recipe
 from pipeline.shards import ShardRef
 
 _SCHEMA = pa.schema(
@@ -55,12 +55,31 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One extension of the plan: the shards that came with it and where their rows lie."""
+    """One extension of the plan: the shards that came with it, where their rows lie, and how they are encoded.
+
+    unit_rows, batch_size, chunk_frames: by bucket, as the release that planned it took them from the recipe and, where
+    that leaves them open, from constants of its own. Rows and bits follow from them.
+    """
 
     number: int
     lines: tuple[Line, ...]
     unit_rows: dict[str, int]
     recipe_fingerprint: str
+    batch_size: dict[str, int]
+    chunk_frames: dict[str, int | None]
+
+    @classmethod
+    def of(cls, number: int, lines: tuple[Line, ...], recipe: Recipe) -> Generation:
+        """The generation of these lines, as this release encodes them."""
+        buckets = sorted({line.bucket for line in lines if line.bucket})
+        return cls(
+            number,
+            lines,
+            unit_rows={bucket.name: recipe.unit_rows(bucket) for bucket in buckets},
+            recipe_fingerprint=recipe.fingerprint,
+            batch_size={bucket.name: recipe.batch_size(bucket) for bucket in buckets},
+            chunk_frames={bucket.name: recipe.chunk_frames(bucket) for bucket in buckets},
+        )
 
     @property
     def name(self) -> str:
@@ -69,11 +88,12 @@ class Generation:
     @functools.cached_property
     def fingerprint(self) -> str:
         """What a ledger fragment carries to prove which plan it fulfils."""
-        # As recipe.fingerprint of [number, lines, unit_rows, recipe_fingerprint], without all lines as JSON in memory.
+        # As recipe.fingerprint of [number, lines, *rest], without all lines as JSON in memory.
+        rest = (self.unit_rows, self.batch_size, self.chunk_frames, self.recipe_fingerprint)
         digest = hashlib.sha256(f"[{self.number},[".encode())
         for number, line in enumerate(self.lines):
             digest.update(b"," * (number > 0) + _json(_record(line)))
-        digest.update(b"]," + _json(self.unit_rows) + b"," + _json(self.recipe_fingerprint) + b"]")
+        digest.update(b"]," + b",".join(map(_json, rest)) + b"]")
         return digest.hexdigest()
 
 
@@ -101,6 +121,8 @@ def to_parquet(generation: Generation) -> bytes:
         "format_version": FORMAT_VERSION,
         "number": generation.number,
         "unit_rows": generation.unit_rows,
+        "batch_size": generation.batch_size,
+        "chunk_frames": generation.chunk_frames,
         "recipe_fingerprint": generation.recipe_fingerprint,
         "fingerprint": generation.fingerprint,
     }
@@ -131,8 +153,14 @@ def from_parquet(data: bytes, name: str) -> Generation:
 
 
 def _generation(table: pa.Table, facts: dict[str, Any]) -> Generation:
-    lines = tuple(_lines(table))
-    return Generation(facts["number"], lines, facts["unit_rows"], facts["recipe_fingerprint"])
+    return Generation(
+        facts["number"],
+        tuple(_lines(table)),
+        facts["unit_rows"],
+        facts["recipe_fingerprint"],
+        facts["batch_size"],
+        facts["chunk_frames"],
+    )
 
 
 def _lines(table: pa.Table) -> Iterator[Line]:

@@ -3,8 +3,8 @@
 In:   the recipe and the index of the shards.
 Out:  generations `plan/000000.parquet`, ... in the store; Plan with its buckets, units and `clips_of(unit)`.
 Cost: one pass over the index; a line per (shard, bucket) in memory, not per clip.
-Errors: MismatchError for a plan of another recipe or format; ShardError for a shard that changed since it was planned;
-        StoreError for a generation that is damaged or missing.
+Errors: MismatchError for a plan of another recipe or format, or of a release that encodes otherwise; ShardError for a
+        shard that changed since it was planned; StoreError for a generation that is damaged or missing.
 
 Rows follow (shard, offset, window). A generation holds the shards that were new when it was made and starts every
 bucket at the next unit boundary, so that no unit of an earlier generation changes.
@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -88,13 +88,12 @@ class Plan:
             raise StoreError(f"plan/{number:06d}.parquet is missing, {generation.name} is there: restore it")
         if generation.recipe_fingerprint != self.recipe.fingerprint:
             raise MismatchError(f"{generation.name} was made for another recipe; the store is damaged or was mixed up")
-        for name, unit_rows in generation.unit_rows.items():
-            expected = self.recipe.unit_rows(Bucket.parse(name))
-            if unit_rows != expected:
-                raise MismatchError(
-                    f"unit_rows: {generation.name} has {unit_rows} rows per unit in {name}, "
-                    f"this release makes {expected}. Set --encode.unit-rows, or use the release that made the store."
-                )
+        otherwise = "\n  ".join(_encoded_otherwise(generation, self.recipe))
+        if otherwise:
+            raise MismatchError(
+                f"{generation.name} was made by a release that encodes this recipe otherwise:\n  {otherwise}\n"
+                "Use the release that made the store, or a new --store."
+            )
 
     def _add(self, generation: Generation) -> None:
         seen: set[Bucket] = set()
@@ -159,6 +158,20 @@ class Plan:
             yield from placed(line.shard).clips(unit.bucket, line.first_row, skip, count)
 
 
+def _encoded_otherwise(generation: Generation, recipe: Recipe) -> Iterator[str]:
+    """One line per number of a bucket that is not what this release takes from the recipe."""
+    numbers: tuple[tuple[str, Mapping[str, int | None], Callable[[Bucket], int | None]], ...] = (
+        ("unit_rows", generation.unit_rows, recipe.unit_rows),
+        ("batch_size", generation.batch_size, recipe.batch_size),
+        ("chunk_frames", generation.chunk_frames, recipe.chunk_frames),
+    )
+    for field, of_buckets, take in numbers:
+        for name, recorded in of_buckets.items():
+            present = take(Bucket.parse(name))
+            if present != recorded:
+                yield f"{field} of bucket {name}: the store has {recorded}, this release takes {present}"
+
+
 def load_plan(storage: Storage, recipe: Recipe) -> Plan:
     """The plan in a store; empty when there is none yet."""
     names = [name for name in storage.list("plan/") if name.endswith(".parquet")]
@@ -205,8 +218,7 @@ def extend(
             lines.append(Line(fragment.shard, bucket, PLANNED, "", first_row, rows))
             next_row[bucket] = first_row + rows
         lines += _unplaced_lines(fragment.shard, placed)
-    unit_rows = {bucket.name: recipe.unit_rows(bucket) for bucket in sorted(next_row)}
-    return Generation(len(plan.generations), tuple(lines), unit_rows, recipe.fingerprint)
+    return Generation.of(len(plan.generations), tuple(lines), recipe)
 
 
 def _unplaced_lines(shard: ShardRef, placed: PlacedShard) -> list[Line]:

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from models.spec import EncoderCard, GeometryError, PosteriorMode
+from models.spec import EncoderCard, Geometry, GeometryError, PosteriorMode
 from pipeline.buckets import Bucket, BucketConfig, resolve_sizes
 from pipeline.decode.records import DecoderName
 from pipeline.errors import MismatchError, UsageError
@@ -33,6 +33,7 @@ _MEGABYTE = 1 << 20
 _UNIT_BYTES = 32 << 20
 _UNIT_ROWS_AT_MOST = 256
 _CALL_PIXELS, _CALL_FRAMES, _BATCH_AT_MOST = 1 << 21, 8, 64
+_CHUNK_FRAMES_AT_LEAST = 8
 
 Record = TypeVar("Record")
 
@@ -63,7 +64,8 @@ class EncodeConfig:
     sample_seed: int = 0
     """With posterior "sample": mixed with each clip's identity."""
     unit_rows: int | None = None
-    """Rows per unit (one Zarr shard). None: about 32 MB, at most 256 rows."""
+    """Rows per unit (one Zarr shard), best a multiple of 64: unless --batch-size is given, a batch is the largest power
+    of two that divides it and suits the bucket. None: about 32 MB, at most 256 rows."""
 
     def __post_init__(self) -> None:
         _require_word("--posterior", self.posterior, PosteriorMode)
@@ -140,6 +142,13 @@ class Recipe:
             return 1
         return self.encode.batch_size or math.gcd(default_batch_size(bucket), self.encode.unit_rows or 0)
 
+    def chunk_frames(self, bucket: Bucket) -> int | None:
+        """Frames per chunk after the leading one; None for an image, and where the encoder takes clips whole."""
+        geometry = self.encoder.geometry
+        if geometry.causality != "causal" or bucket.num_frames == 1:
+            return None
+        return self.encode.chunk_frames or default_chunk_frames(geometry)
+
     def unit_rows(self, bucket: Bucket) -> int:
         """S, the rows of a unit: whole encoder batches."""
         if self.encode.unit_rows is not None:
@@ -158,6 +167,11 @@ def default_batch_size(bucket: Bucket) -> int:
     pixels = min(bucket.num_frames, _CALL_FRAMES) * bucket.height * bucket.width
     fitting = max(1, min(_BATCH_AT_MOST, _CALL_PIXELS // pixels))
     return 1 << fitting.bit_length() - 1
+
+
+def default_chunk_frames(geometry: Geometry) -> int:
+    """That of models.streamed, which needs torch, and a plan must not; a test holds them to each other. Pure."""
+    return -(-_CHUNK_FRAMES_AT_LEAST // geometry.temporal_stride) * geometry.temporal_stride
 
 
 def fingerprint(tree: object) -> str:

@@ -55,7 +55,7 @@ def make_plan(directory: Path, units: int, _: int) -> Json:
         for first in range(0, clips, _SHARD_CLIPS)
     )
     storage = LocalStorage(directory)
-    generation = Generation(0, lines, {_BUCKET.name: UNIT_ROWS}, _RECIPE.fingerprint)
+    generation = Generation.of(0, lines, _RECIPE)
     storage.put(generation.name, to_parquet(generation))
     write_header(storage, Header(_RECIPE, _SOURCE))
     return {"lines": len(lines)}

@@ -127,7 +127,7 @@ def test_the_order_and_numbers_by_hand() -> None:
 def test_units_without_rows_are_not_listed() -> None:
     def generation(number: int, first_row: int) -> Generation:
         line = Line(ShardRef(f"s{number}", 1, "1"), BUCKET, "planned", "", first_row, 3)
-        return Generation(number, (line,), {BUCKET.name: 4}, fake_recipe().fingerprint)
+        return Generation.of(number, (line,), fake_recipe())
 
     plan = Plan([generation(0, 0), generation(1, 12)], fake_recipe())
     assert [unit.number for unit in plan.units()] == [0, 3]
@@ -217,14 +217,72 @@ def test_plans_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Plan(plan.generations, RECIPE)
     with pytest.raises(StoreError, match=r"plan/000000.parquet is missing, plan/000001.parquet is there"):
         Plan(plan.generations[1:], fake_recipe())
-    other = dataclasses.replace(plan.generations[0], unit_rows={BUCKET.name: 8})
-    with pytest.raises(MismatchError, match=r"unit_rows: plan/000000.parquet has 8 rows per unit in 9x32x32, this"):
-        Plan([other], fake_recipe())
+
+
+@pytest.mark.parametrize(
+    ("constant", "value", "line"),
+    [
+        ("_UNIT_ROWS_AT_MOST", 128, "unit_rows of bucket 9x256x256: the store has 256, this release takes 128"),
+        ("_CALL_PIXELS", 1 << 20, "batch_size of bucket 9x256x256: the store has 4, this release takes 2"),
+        ("_CALL_FRAMES", 4, "batch_size of bucket 9x256x256: the store has 4, this release takes 8"),
+        ("_BATCH_AT_MOST", 2, "batch_size of bucket 9x256x256: the store has 4, this release takes 2"),
+        ("_CHUNK_FRAMES_AT_LEAST", 12, "chunk_frames of bucket 9x256x256: the store has 8, this release takes 12"),
+    ],
+)
+def test_a_release_with_another_constant_does_not_go_on_with_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str, value: int, line: str
+) -> None:
+    recipe = fake_recipe(buckets=BucketConfig(), encode=EncodeConfig())
+    saved(LocalStorage(tmp_path), plan_of(recipe, [fragment("a", [media_info()])]))
+    assert load_plan(LocalStorage(tmp_path), recipe).num_clips == 2
+    monkeypatch.setattr(f"pipeline.recipe.{constant}", value)
+    remedy = "Use the release that made the store, or a new --store."
+    with pytest.raises(MismatchError, match=rf"^plan/000000.parquet was .* otherwise:\n  {line}\n{remedy}$"):
+        load_plan(LocalStorage(tmp_path), recipe)
+
+
+def test_every_number_that_another_release_takes_otherwise_is_named() -> None:
+    (generation,) = plan_of(fake_recipe(), [fragment("a", [media_info()])]).generations
+    facts = {"unit_rows": {BUCKET.name: 8}, "batch_size": {BUCKET.name: 4}, "chunk_frames": {BUCKET.name: None}}
+    with pytest.raises(MismatchError) as refused:
+        Plan([dataclasses.replace(generation, **facts)], fake_recipe())
+    assert str(refused.value).splitlines()[1:-1] == [
+        "  unit_rows of bucket 9x32x32: the store has 8, this release takes 4",
+        "  batch_size of bucket 9x32x32: the store has 4, this release takes 2",
+        "  chunk_frames of bucket 9x32x32: the store has None, this release takes 8",
+    ]
+
+
+def test_a_plan_records_how_its_buckets_are_encoded() -> None:
+    media = [media_info(), media_info(kind="image")]
+    (generation,) = plan_of(RECIPE, [fragment("a", media)]).generations
+    image, video = "1x32x32", BUCKET.name
+    assert generation.unit_rows == {image: 4, video: 4}
+    assert generation.batch_size == {image: 2, video: 2}
+    assert generation.chunk_frames == {image: None, video: 8}
+    streamed = fake_recipe(encode=EncodeConfig(unit_rows=4, chunk_frames=12, stream_mb=0.01))
+    (generation,) = plan_of(streamed, [fragment("a", media[:1])]).generations
+    assert (generation.batch_size, generation.chunk_frames) == ({video: 1}, {video: 12})
+
+
+def test_equal_shards_and_recipes_give_equal_bytes() -> None:
+    one, other = (plan_of(RECIPE, [fragment("a", [media_info(), media_info(kind="image")])]) for _ in range(2))
+    assert list(map(to_parquet, one.generations)) == list(map(to_parquet, other.generations))
+
+
+@pytest.mark.parametrize("field", ["unit_rows", "batch_size", "chunk_frames"])
+def test_a_changed_number_is_refused(field: str) -> None:
+    (generation,) = plan_of(RECIPE, [fragment("a", [media_info()])]).generations
+    schema, table = parquet.from_bytes(to_parquet(generation))
+    facts = json.loads(schema.metadata[b"latentmill"]) | {field: {BUCKET.name: 12}}
+    data = parquet.to_bytes(table.replace_schema_metadata({"latentmill": json.dumps(facts)}))
+    with pytest.raises(StoreError, match="p is damaged: its lines do not have the fingerprint that it names"):
+        from_parquet(data, "p")
 
 
 def test_a_large_plan_is_walked_in_linear_time() -> None:
     shards = 20_000
     lines = tuple(Line(ShardRef(f"s{n:06d}", 1, "1"), BUCKET, "planned", "", 4 * n, 4) for n in range(shards))
-    plan = Plan([Generation(0, lines, {BUCKET.name: 4}, fake_recipe().fingerprint)], fake_recipe())
+    plan = Plan([Generation.of(0, lines, fake_recipe())], fake_recipe())
     assert sum(plan.num_rows(unit) for unit in plan.units()) == 4 * shards == plan.num_clips
     assert plan.num_rows(Unit(BUCKET, shards - 1)) == 4

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.spec import Normaliser
+from models.spec import Normaliser, Posterior
+from models.streamed import ChunkedEncoder
 from pipeline.buckets import Bucket, BucketConfig
 from pipeline.errors import MismatchError, UsageError
 from pipeline.filters import FilterConfig
@@ -165,6 +168,41 @@ def test_long_clips_stream_alone_when_the_encoder_is_causal() -> None:
     geometry = dataclasses.replace(recipe.encoder.geometry, causality="none")
     card = dataclasses.replace(recipe.encoder, geometry=geometry)
     assert not dataclasses.replace(recipe, encoder=card).streams(long)
+
+
+def test_chunks_are_of_causal_encoders_and_of_more_than_an_image() -> None:
+    recipe = fake_recipe()
+    assert [recipe.chunk_frames(bucket) for bucket in (BUCKET, Bucket(1, 32, 32))] == [8, None]
+    assert fake_recipe(encode=EncodeConfig(chunk_frames=20)).chunk_frames(BUCKET) == 20
+    for causality in ("causal-attention", "none"):
+        geometry = dataclasses.replace(FAKE_GEOMETRY, causality=causality)  # type: ignore[arg-type]
+        whole = fake_recipe(encoder=dataclasses.replace(FAKE_CARD, geometry=geometry))
+        assert whole.chunk_frames(BUCKET) is None
+
+
+class Nowhere:
+    """A backend that is never called."""
+
+    one_at_a_time = False
+
+    def encode_chunk(self, pixels: torch.Tensor, state: Any) -> tuple[Posterior, Any]:
+        raise NotImplementedError
+
+    def decode(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        raise NotImplementedError
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        pass
+
+
+@pytest.mark.parametrize("temporal_stride", [1, 2, 3, 4, 6, 8, 12, 16])
+def test_the_chunks_that_a_plan_records_are_those_that_an_encoder_takes(temporal_stride: int) -> None:
+    geometry = dataclasses.replace(FAKE_GEOMETRY, temporal_stride=temporal_stride)
+    card = dataclasses.replace(FAKE_CARD, geometry=geometry)
+    num_frames = 1 + 2 * temporal_stride
+    recipe = fake_recipe(encoder=card, sampling=SamplingConfig((num_frames,)))
+    stream = ChunkedEncoder(card, Nowhere(), "cpu", torch.float32).encode_stream(recipe.encode.chunk_frames)
+    assert recipe.chunk_frames(Bucket(num_frames, 32, 32)) == stream.state["chunk_frames"]
 
 
 def test_moments_have_twice_the_channels() -> None:
