@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.decode.backend import TimedFrame, damage
-from pipeline.decode.fit import FrameFitter, Orientation
+from pipeline.decode.fit import FrameFitter, Orientation, fitter_of
 from pipeline.decode.image import decode_errors, opaque_rgb, open_image
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
@@ -59,10 +59,7 @@ class AnimationBackend:
 
     def frames(self, source: MediaSource, shape: ClipShape, limits: DecodeLimits) -> Iterator[TimedFrame]:
         image = _open(source, limits)
-        try:
-            fitter = FrameFitter(shape, *image.size, Fraction(1), Orientation(), limits.max_pixels)
-        except ValueError as error:
-            raise damage(source, "too_large", str(error)) from error
+        fitter = fitter_of(source, shape, image.size, Fraction(1), Orientation(), limits)
         for index, (start, picture) in enumerate(_shown(source, image)):
             yield TimedFrame(index, start * _TICK, _TICK, functools.partial(_fitted, picture, fitter))
 

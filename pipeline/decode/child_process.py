@@ -59,6 +59,7 @@ class ChildProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=(self.memory.fd,),
+                process_group=0,  # Ctrl-C is for the parent; a child that it ended would count against a video
                 env=MALLOC_ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             )
         except BaseException:

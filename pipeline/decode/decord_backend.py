@@ -23,7 +23,7 @@ import numpy as np
 
 from pipeline.decode.backend import TimedFrame, damage
 from pipeline.decode.container import OpenVideo, open_video
-from pipeline.decode.fit import FrameFitter, Orientation
+from pipeline.decode.fit import FrameFitter, Orientation, fitter_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pyav import PyAVBackend, checked_frames, orientation_of
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
@@ -58,7 +58,7 @@ class DecordBackend:
                 height, width, channels = picture.shape
                 if channels != 3:
                     raise damage(source, "unsupported_by_decord", f"decord makes {picture.shape} of a frame; use pyav")
-                fitter = FrameFitter(shape, width, height, aspect, Orientation(), limits.max_pixels)
+                fitter = fitter_of(source, shape, (width, height), aspect, Orientation(), limits)
             return fitter(av.VideoFrame.from_ndarray(picture, format="rgb24"))
 
         for index, seconds in enumerate(reader.start_seconds):

@@ -3,8 +3,8 @@
 In:   an av.VideoFrame of any pixel format, its pixel aspect and display matrix, a ClipShape.
 Out:  uint8 H W 3, RGB: scaled by swscale while it converts, turned upright, cut at the centre.
 Cost: one conversion at the target's size; turning and cutting are views.
-Errors: DecodeError from the caller's source for a turn that is no multiple of 90 degrees, or a scaled frame beyond
-    max_pixels.
+Errors: ValueError for a turn that is no multiple of 90 degrees, or a scaled frame beyond max_pixels; DecodeError
+    `too_large` for the latter from `fitter_of`.
 
 Colour: the frame's own matrix and range tags count, BT.601 limited range where there are none (swscale's rule, and
 ffmpeg's). Bits beyond 8 are rounded away, alpha is laid over black, HDR curves and interlaced lines stay as they are.
@@ -20,7 +20,9 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from pipeline.decode.records import ClipShape
+from pipeline.decode.backend import damage
+from pipeline.decode.limits import DecodeLimits
+from pipeline.decode.records import ClipShape, MediaSource
 
 # Exact on every machine: no shortcut that depends on the CPU's instructions.
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
@@ -130,3 +132,18 @@ class FrameFitter:
         stored = rows[:, : width * channels].reshape(height, width, channels)
         picture = self._orientation.upright(_over_black(stored) if has_alpha else stored)
         return picture[self._top : self._top + self._shape.height, self._left : self._left + self._shape.width]
+
+
+def fitter_of(
+    source: MediaSource,
+    shape: ClipShape,
+    size: tuple[int, int],
+    pixel_aspect: Fraction,
+    orientation: Orientation,
+    limits: DecodeLimits,
+) -> FrameFitter:
+    """The FrameFitter for frames of a width and height. Raises DecodeError `too_large`."""
+    try:
+        return FrameFitter(shape, *size, pixel_aspect, orientation, limits.max_pixels)
+    except ValueError as error:
+        raise damage(source, "too_large", str(error)) from error

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.decode.backend import TimedFrame, damage
-from pipeline.decode.fit import FrameFitter, Orientation
+from pipeline.decode.fit import Orientation, fitter_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
 from pipeline.decode.source import open_source
@@ -65,10 +65,7 @@ class PillowBackend:
         with decode_errors(source):
             picture = opaque_rgb(ImageOps.exif_transpose(image))
         height, width = picture.shape[:2]
-        try:
-            fitter = FrameFitter(shape, width, height, Fraction(1), Orientation(), limits.max_pixels)
-        except ValueError as error:
-            raise damage(source, "too_large", str(error)) from error
+        fitter = fitter_of(source, shape, (width, height), Fraction(1), Orientation(), limits)
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         yield TimedFrame(0, Fraction(0), Fraction(1), lambda: fitter(frame))
 

@@ -25,7 +25,7 @@ from av.video.stream import VideoStream
 
 from pipeline.decode.backend import TimedFrame, damage
 from pipeline.decode.container import OpenVideo, open_video
-from pipeline.decode.fit import FrameFitter, Orientation, display_size
+from pipeline.decode.fit import FrameFitter, Orientation, display_size, fitter_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.packets import demuxed, frames_of
 from pipeline.decode.records import ClipShape, Grid, MediaInfo, MediaSource
@@ -162,11 +162,8 @@ def orientation_of(video: OpenVideo, frame: av.VideoFrame) -> Orientation:
 
 
 def _fitter(video: OpenVideo, frame: av.VideoFrame, shape: ClipShape, limits: DecodeLimits) -> FrameFitter:
-    orientation = orientation_of(video, frame)
-    try:
-        return FrameFitter(shape, frame.width, frame.height, video.pixel_aspect, orientation, limits.max_pixels)
-    except ValueError as error:
-        raise damage(video.source, "too_large", str(error)) from error
+    size, orientation = (frame.width, frame.height), orientation_of(video, frame)
+    return fitter_of(video.source, shape, size, video.pixel_aspect, orientation, limits)
 
 
 def _first_decoded(video: OpenVideo) -> av.VideoFrame | None:

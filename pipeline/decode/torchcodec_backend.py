@@ -24,7 +24,7 @@ from av.video.reformatter import ColorRange
 
 from pipeline.decode.backend import TimedFrame, damage
 from pipeline.decode.container import OpenVideo, open_video
-from pipeline.decode.fit import FrameFitter, Orientation
+from pipeline.decode.fit import FrameFitter, Orientation, fitter_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pyav import PyAVBackend, checked_frames, orientation_of
 from pipeline.decode.records import ClipShape, MediaInfo, MediaSource
@@ -63,7 +63,7 @@ class TorchcodecBackend:
             picture = reader.read(index)
             if fitter is None:
                 height, width = picture.shape[:2]
-                fitter = FrameFitter(shape, width, height, aspect, Orientation(), limits.max_pixels)
+                fitter = fitter_of(source, shape, (width, height), aspect, Orientation(), limits)
             return fitter(av.VideoFrame.from_ndarray(picture, format="rgb24"))
 
         for index, time in enumerate(times):

@@ -129,7 +129,9 @@ def test_too_large_is_refused_before_it_is_decoded(tmp_path):
     assert probe_reason(stored(tmp_path, numbered_image(), kind="image"), limits) == "too_large"
     wide = stored(tmp_path, numbered_video(3, size=(400, 4)))
     request = DecodeRequest(wide, Grid(), (Window(0, 1),), ClipShape(64, 64))
-    assert decode_windows(request, dataclasses.replace(LIMITS, max_pixels=64 * 64))[0].reason == "too_large"
+    for decoder in ("pyav", "decord"):
+        asked = dataclasses.replace(request, decoder=decoder)
+        assert decode_windows(asked, dataclasses.replace(LIMITS, max_pixels=64 * 64))[0].reason == "too_large", decoder
 
 
 def test_a_count_of_packets_has_a_limit(tmp_path):

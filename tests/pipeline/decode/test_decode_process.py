@@ -191,6 +191,12 @@ def test_a_stopped_child_is_killed_at_its_time_limit_and_replaced(source):
         assert gone(pid, 0.1)
 
 
+def test_a_key_pressed_in_the_terminal_is_for_the_owner_alone(process, source):
+    """A terminal signals all of its foreground group."""
+    process.decode(request_of(source, (0, 3)))
+    assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+
+
 @pytest.mark.parametrize(("behaviour", "reason"), [("crash", "crash"), ("oom", "out_of_memory")])
 def test_only_the_window_that_kills_is_blamed(behaviour, reason, video, tmp_path):
     source = stored(tmp_path, video, key=f"{behaviour}@20")
