@@ -8,6 +8,8 @@ Errors: FailureLimitError when too many clips failed; JobError when units or wor
 Blame. A lost worker gives its units back; each is suspected once more, unless the loss was the cluster's (preemption, a
 lost node). From its second suspicion on a unit runs alone on a worker, so that the next death proves it. After
 `_DEATHS_ALONE` deaths alone, or `_UNIT_TRIES` failures of its own, the unit is given up and the job ends with an error.
+A unit that failed goes to another worker, and a worker on which one unit after another fails, on a node that has lost
+its disk for instance, gets no more than one for each that the others commit: it alone uses up no unit's tries.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from pipeline.unit_job import UnitReport
 _ALONE_FROM = 2
 _DEATHS_ALONE = 2
 _UNIT_TRIES = 3
+_FAILURES_IN_A_ROW = 3
+_SHUNNED_AT_MOST = 64  # units that are looked past for one that a worker has not failed
 _FAILURES_TOLD = 20
 _SECONDS = ("encode", "copy", "batch", "rows", "start", "starved", "blocked", "write", "decode", "read")
 _SUMMED = ("frames", "bytes_read", "bytes_written", *(f"{stage}_seconds" for stage in _SECONDS))
@@ -32,7 +36,7 @@ _SUMMED = ("frames", "bytes_read", "bytes_written", *(f"{stage}_seconds" for sta
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Bounds of a job. Each can be a flag."""
+    """Bounds of a job. The first two are flags."""
 
     units_in_flight: int = 3
     """Units leased to a worker at a time: one encoding, one decoding ahead, one being written."""
@@ -42,6 +46,8 @@ class Policy:
     """The share is judged while the job runs from this many clips on, and always at its end."""
     max_lost_workers: int = 10
     """Encode workers that may die, in all, before the job stops."""
+    max_given_up: int = 20
+    """Units that are given up before the job stops: with so many it is no unit's fault."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_failed_share <= 1:
@@ -83,7 +89,11 @@ class Progress:
 
     @property
     def busy_share(self) -> float:
-        """Encode time over the encoders' span: the speed, as a share of what the bare encoders would reach."""
+        """Encode time over the encoders' span: their speed, as a share of what they would reach if they never waited.
+
+        That is the bare encoders' speed where each has its device for itself; on cores that decode as well, calls take
+        longer than a bare encoder's.
+        """
         return self.encode_seconds / self.span_seconds if self.span_seconds else 0.0
 
     def add(self, report: UnitReport) -> None:
@@ -120,6 +130,9 @@ class Controller:
         self._in_flight = 0
         self._suspicion: Counter[Unit] = Counter()  # of units that are not done
         self._tries: Counter[Unit] = Counter()  # likewise
+        self._failed_on: dict[Unit, set[str]] = {}  # likewise: the workers
+        self._workers: set[str] = set()  # that have asked for a unit and are not lost
+        self._in_a_row: dict[str, tuple[int, int]] = {}  # by worker: failures since its last commit, all commits then
         self._lost_workers = 0
 
     def lease(self, worker: str, reserved: int = 0) -> Unit | None:
@@ -130,9 +143,10 @@ class Controller:
             reserved: how many workers are soon to come. Once all that waits has room with them, a worker that holds
                 units leaves each of them one, from the first on.
         """
-        if not self.has_room(worker):
+        self._workers.add(worker)
+        if not self.has_room(worker) or self._rests(worker):
             return None
-        unit = self._next_ahead(reserved) if worker in self._leases else self._next()
+        unit = self._next_ahead(worker, reserved) if worker in self._leases else self._next(worker)
         if unit is not None:
             self._leases.setdefault(worker, []).append(unit)
             self._in_flight += 1
@@ -143,21 +157,33 @@ class Controller:
         held = self._leases.get(worker, ())
         return len(held) < self.policy.units_in_flight and not any(self._is_alone(unit) for unit in held)
 
-    def _next(self) -> Unit | None:
-        if self._suspects:
-            return self._suspects.popleft()
-        return self._waiting.popleft() if self.has_units() else None
+    def _rests(self, worker: str) -> bool:
+        """Whether a worker that fails unit after unit has to wait until another one commits one."""
+        failures, commits = self._in_a_row.get(worker, (0, 0))
+        others_hold = len(self._leases) > (worker in self._leases)
+        return failures >= _FAILURES_IN_A_ROW and commits == self.progress.units and others_hold
 
-    def _next_ahead(self, reserved: int) -> Unit | None:
+    def _next(self, worker: str) -> Unit | None:
+        return self._suspects.popleft() if self._suspects else self._take(worker, 0)
+
+    def _take(self, worker: str, first: int) -> Unit | None:
+        """Of those that wait, from the `first` on: one that did not fail on this worker, or did on all others."""
+        place = first
+        while place < first + _SHUNNED_AT_MOST and self.has_units(place):
+            failed_on = self._failed_on.get(self._waiting[place], set())
+            if worker not in failed_on or self._workers <= failed_on:
+                unit = self._waiting[place]
+                del self._waiting[place]
+                return unit
+            place += 1
+        return None
+
+    def _next_ahead(self, worker: str, reserved: int) -> Unit | None:
         if self._suspects:
             return None  # A suspect waits for this worker to be empty.
         if self.has_units(reserved * self.policy.units_in_flight):
             reserved = 0  # There is enough for all who may come.
-        elif not self.has_units(reserved):
-            return None
-        unit = self._waiting[reserved]
-        del self._waiting[reserved]
-        return unit
+        return self._take(worker, reserved)
 
     def _is_alone(self, unit: Unit) -> bool:
         return self._suspicion[unit] >= _ALONE_FROM
@@ -189,7 +215,8 @@ class Controller:
         """
         self._release(worker, report.unit)
         self._suspicion.pop(report.unit, None)
-        self._tries.pop(report.unit, None)
+        self._forget_failures(report.unit)
+        self._in_a_row.pop(worker, None)
         self.progress.add(report)
         if self._clips_before + self.progress.clips >= self.policy.min_clips_judged:
             self.judge()
@@ -203,11 +230,18 @@ class Controller:
         self._release(worker, unit)
         if isinstance(error, JobError):
             raise error
+        self._in_a_row[worker] = (self._in_a_row.get(worker, (0, 0))[0] + 1, self.progress.units)
         self._tries[unit] += 1
+        self._failed_on.setdefault(unit, set()).add(worker)
         if self._tries[unit] >= _UNIT_TRIES:
             self.given_up[unit] = f"failed {_UNIT_TRIES} times, at last: {error}"
+            self._forget_failures(unit)
         else:
             self._take_back([unit])
+
+    def _forget_failures(self, unit: Unit) -> None:
+        self._tries.pop(unit, None)
+        self._failed_on.pop(unit, None)
 
     def lost(self, worker: str, cause: str, infrastructure: bool) -> None:
         """A worker died with its leases.
@@ -216,6 +250,8 @@ class Controller:
             JobError: too many workers died.
         """
         units = self._leases.pop(worker, [])
+        self._workers.discard(worker)
+        self._in_a_row.pop(worker, None)
         self._in_flight -= len(units)
         if infrastructure:
             self._take_back(units)

@@ -226,7 +226,7 @@ def run(
         Interrupted: `stop` was set. JobError: the job cannot go on, or units were given up.
     """
     state = _Run(controller, engine, num_workers, unit_timeout_seconds, clock)
-    while not controller.finished():
+    while not controller.finished() and len(controller.given_up) < controller.policy.max_given_up:
         if stop.is_set():
             raise Interrupted("stopped; what is committed stays, the same command goes on")
         state.repair()

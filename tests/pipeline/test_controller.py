@@ -50,10 +50,12 @@ def test_random_events_lose_no_unit_and_lease_none_twice(
     held: dict[str, list[Unit]] = {f"w{number}": [] for number in range(4)}
     done: set[Unit] = set()
     deaths: Counter[Unit] = Counter()
+    unlucky: set[str] = set()  # workers on which units failed: they may have to leave these to others
 
     def lease(worker: str, reserved: int = 0) -> Unit | None:
         unit = controller.lease(worker, reserved)
-        assert unit is not None or held[worker] or not controller.has_units(), "an empty worker starves"
+        may_wait = bool(held[worker]) or worker in unlucky or not controller.has_units()
+        assert unit is not None or may_wait, "an empty worker starves"
         if unit is not None:
             assert unit not in done | controller.given_up.keys()
             assert all(unit not in others for others in held.values())
@@ -76,6 +78,7 @@ def test_random_events_lose_no_unit_and_lease_none_twice(
         elif event == "failed" and unit:
             controller.failed(worker, unit, UnitError("passing"))
             held[worker].remove(unit)
+            unlucky.add(worker)
         elif event in ("lost", "preempted"):
             controller.lost(worker, "cause", infrastructure=event == "preempted")
             deaths.update(held[worker] if event == "lost" else [])
@@ -196,6 +199,47 @@ def test_a_unit_is_tried_three_times() -> None:
         controller.failed("w", unit, UnitError("no route to host"))
     assert controller.finished()
     assert controller.given_up == {unit: "failed 3 times, at last: no route to host"}
+
+
+def test_a_unit_that_failed_goes_to_another_worker() -> None:
+    first, second, third = units(3)
+    controller = Controller([first, second, third], Policy(units_in_flight=2))
+    assert [controller.lease(worker) for worker in ("sick", "well")] == [first, second]
+    controller.failed("sick", first, UnitError("stale file handle"))
+    assert controller.lease("sick") == third
+    assert controller.lease("sick") is None
+    assert controller.lease("well") == first
+    controller.failed("well", first, UnitError("stale file handle"))
+    assert controller.lease("sick") == first, "all have failed it, so any may try"
+    controller.lost("sick", "signal 9", infrastructure=True)
+    controller.failed("well", second, UnitError("stale file handle"))
+    assert controller.lease("well") == second, "nobody else is left"
+
+
+def test_a_worker_that_fails_unit_after_unit_waits_for_others() -> None:
+    controller = Controller(units(9), Policy(units_in_flight=1))
+    busy = controller.lease("well")
+    assert busy
+    for _ in range(3):
+        unit = controller.lease("sick")
+        assert unit
+        controller.failed("sick", unit, UnitError("stale file handle"))
+    assert controller.lease("sick") is None
+    controller.done("well", report(busy))
+    unit = controller.lease("sick")
+    assert unit
+    controller.done("sick", report(unit))
+    assert controller.lease("well")
+    assert controller.lease("sick"), "it is well again"
+
+
+def test_a_worker_by_itself_does_not_wait() -> None:
+    controller = Controller(units(4), Policy())
+    for _ in range(4 * 3):
+        unit = controller.lease("w")
+        assert unit
+        controller.failed("w", unit, UnitError("no route to host"))
+    assert controller.finished()
 
 
 def test_a_job_error_stops_at_once() -> None:

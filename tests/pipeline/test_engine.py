@@ -214,11 +214,36 @@ def test_units_that_were_given_up_are_named_when_all_others_are_done() -> None:
 
 
 def test_the_list_of_units_that_were_given_up_is_bounded() -> None:
-    controller = Controller(units(500), Policy())
+    controller = Controller(units(500), Policy(max_given_up=500))
     with pytest.raises(JobError) as caught:
         drive(FakeEngine(lambda worker, unit: UnitFailed(worker, unit, UnitError("no"))), controller)
     assert "and 480 more" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 22
+
+
+def test_a_job_in_which_everything_fails_stops_early() -> None:
+    controller = Controller(units(500), Policy(max_given_up=4))
+    engine = FakeEngine(lambda worker, unit: UnitFailed(worker, unit, UnitError("no")))
+    with pytest.raises(JobError, match="4 units were given up"):
+        drive(engine, controller)
+    assert engine.waits < 40
+
+
+def test_a_sick_worker_uses_up_no_unit() -> None:
+    """Whatever it is given fails at once, where the other takes ten turns for a unit."""
+    turns: list[Unit] = []
+
+    def fate(worker: str, unit: Unit) -> Event | None:
+        if worker == "w0":
+            return UnitFailed(worker, unit, UnitError("stale file handle"))
+        turns.append(unit)
+        return UnitDone(worker, report(unit)) if len(turns) % 10 == 0 else None
+
+    engine, controller = FakeEngine(fate), Controller(units(30), Policy())
+    drive(engine, controller)
+    assert controller.progress.units == 30
+    assert not controller.given_up
+    assert engine.waits < 320
 
 
 def test_failures_are_judged_at_the_end() -> None:
