@@ -11,6 +11,8 @@ import pytest
 import pipeline.commit
 from pipeline import ledger, store
 from pipeline.commit import CommitReport, RowResult, _channel_statistics, commit
+from pipeline.errors import UnitError
+from pipeline.ledger import unit_name
 from pipeline.placement import Clip
 from pipeline.plan import Plan, Unit
 from pipeline.recipe import EncodeConfig, StoreDtype
@@ -299,6 +301,147 @@ def test_a_rival_that_commits_while_its_shard_is_replaced_wins(ready: Ready, lat
     report = encode_unit(FakeEncoder(), racing, plan, unit, FRAGMENTS, late)
     assert not report.won
     assert contents(storage) == won
+
+
+# puts whose answer is no answer
+
+
+class Unsure(LocalStorage):
+    """Once, the first put-if-absent of a name that starts so is answered "something is there".
+
+    As an object store does: after a conflict, or when a put is repeated whose answer was lost. `lands`: it was ours.
+    """
+
+    def __init__(self, root: str, prefix: str, lands: bool) -> None:
+        super().__init__(root)
+        self._prefix, self._lands = prefix, lands
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        if not name.startswith(self._prefix):
+            return super().put_if_absent(name, data)
+        self._prefix = "nothing"
+        if self._lands:
+            super().put_if_absent(name, data)
+        return False
+
+
+def leave_shard_of_another_recipe(ready: Ready, factor: float = 1.2) -> bytes:
+    """A whole shard of other values, without a ledger fragment."""
+    storage, plan, unit = ready
+    rows, _ = encode_rows(FakeEncoder(), plan.recipe, unit, clips_of(plan, unit, FRAGMENTS))
+    data = encode_shard(plan.recipe, unit.bucket, (rows * factor).astype(rows.dtype))
+    storage.put(shard_name(unit), data)
+    return data
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+@pytest.mark.parametrize("prefix", ["ledger/", "latents.zarr/"])
+def test_a_put_that_landed_though_the_store_denies_it_counts(ready: Ready, prefix: str, leftover: bool) -> None:
+    storage, plan, unit = ready
+    put(ready)
+    expected = contents(storage)
+    for name in (unit_name(unit), shard_name(unit)):
+        storage.delete(name)
+    if leftover:
+        leave_shard_of_another_recipe(ready)
+    unsure = Unsure(storage.url, prefix, lands=True)
+    assert encode_unit(FakeEncoder(), unsure, plan, unit, FRAGMENTS).written == 4
+    assert_consistent(ready)
+    assert contents(storage) == expected
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+def test_a_ledger_fragment_that_did_not_land_is_told_and_the_next_try_is_done(ready: Ready, leftover: bool) -> None:
+    storage, plan, unit = ready
+    if leftover:
+        leave_shard_of_another_recipe(ready)
+    unsure = Unsure(storage.url, "ledger/", lands=False)
+    with pytest.raises(
+        UnitError, match=r"ledger/9x32x32/000000\.parquet was refused as if it were there, and it is not"
+    ):
+        encode_unit(FakeEncoder(), unsure, plan, unit, FRAGMENTS)
+    assert encode_unit(FakeEncoder(), unsure, plan, unit, FRAGMENTS).won
+    assert_consistent(ready)
+
+
+def test_a_shard_that_did_not_land_is_told_and_the_next_try_is_done(ready: Ready) -> None:
+    storage, plan, unit = ready
+    unsure = Unsure(storage.url, "latents.zarr/", lands=False)
+    with pytest.raises(UnitError, match=r"c\.0\.0\.0\.0\.0 was refused as if it were there, and it is not"):
+        encode_unit(FakeEncoder(), unsure, plan, unit, FRAGMENTS)
+    assert not storage.exists(unit_name(unit))
+    assert encode_unit(FakeEncoder(), unsure, plan, unit, FRAGMENTS).won
+    assert_consistent(ready)
+
+
+# two workers on one unit, where a shard of other rows was left
+
+
+def race(ready: Ready, mine: dict[int, str], rivals: dict[int, str]) -> CommitReport:
+    """The report of a worker in whose put or delete of the shard another one commits whole."""
+    storage, plan, unit = ready
+    racing = Racing(storage.url, lambda: put(ready, rivals))
+    return encode_unit(FakeEncoder(), racing, plan, unit, FRAGMENTS, mine)
+
+
+ALL_FAILED = dict.fromkeys(range(4), "timeout")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("mine", "rivals"),
+    [
+        ({}, {}),
+        ({1: "timeout"}, {1: "timeout"}),
+        ({1: "timeout"}, {1: "crash"}),  # other ledgers, the same shard
+        (ALL_FAILED, ALL_FAILED),
+        ({}, ALL_FAILED),  # whose shard is none
+    ],
+)
+def test_what_was_left_is_not_put_back_beside_the_ledger_of_a_rival(
+    ready: Ready, mine: dict[int, str], rivals: dict[int, str], damaged: bool
+) -> None:
+    left = leave_shard_of_another_recipe(ready)
+    if damaged:
+        ready[0].put(shard_name(ready[2]), flipped(left))
+    assert not race(ready, mine, rivals).won
+    reasons = {
+        line["row"]: line["reason"] for line in ledger.read_rows(ready[0], unit_name(ready[2])) if line["reason"]
+    }
+    assert reasons == rivals
+    assert_consistent(ready)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(("mine", "rivals"), [({}, {1: "timeout"}), ({1: "timeout"}, {}), (ALL_FAILED, {})])
+def test_a_unit_whose_shard_was_replaced_beyond_repair_is_given_back(
+    ready: Ready, mine: dict[int, str], rivals: dict[int, str], damaged: bool
+) -> None:
+    """Nobody has the rows any more that the rival's ledger tells of: the unit is not done."""
+    left = leave_shard_of_another_recipe(ready)
+    if damaged:
+        ready[0].put(shard_name(ready[2]), flipped(left))
+    with pytest.raises(UnitError, match="at the same time"):
+        race(ready, mine, rivals)
+    assert not ready[0].exists(unit_name(ready[2]))
+    assert put(ready, mine).won
+    assert_consistent(ready)
+
+
+def test_of_two_that_replace_a_shard_the_later_ledger_changes_nothing(ready: Ready) -> None:
+    """The rival's put and ledger come between this one's put and its ledger."""
+    storage, plan, unit = ready
+    leave_shard_of_another_recipe(ready)
+
+    class Between(LocalStorage):
+        def put(self, name: str, data: bytes) -> None:
+            super().put(name, data)
+            if not storage.exists(unit_name(unit)):
+                put(ready, {1: "timeout"})
+
+    assert not encode_unit(FakeEncoder(), Between(storage.url), plan, unit, FRAGMENTS).won
+    assert [line["status"] for line in ledger.read_rows(storage, unit_name(unit))].count("failed") == 1
+    assert_consistent(ready)
 
 
 @pytest.mark.parametrize("nudge", [False, True])
