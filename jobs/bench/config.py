@@ -28,6 +28,7 @@ ENCODE_ENCODERS = ("balanced", "decode-bound", "encode-bound", "tiny-vae", "wan-
 Contender = Literal["local", "ray-1", "ray-2", "plain", "dataloader", "decord", "ray-data"]
 OURS: tuple[Contender, ...] = ("local", "ray-1", "ray-2")
 TINY_VAE = "tiny-vae"
+_HANDOVER_FRAMES = 57  # where the last window ends whose hand-over is measured
 OTHERS: tuple[Contender, ...] = ("plain", "dataloader", "decord", "ray-data")
 
 
@@ -59,6 +60,13 @@ class BenchDecode(ConfigFile):
     """Its height, in pixels."""
     memory_minutes: float = 60.0
     """Length of the video whose peak memory is compared with that of a minute."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "side", "repetitions", "long_minutes", "long_height")
+        if self.frames < _HANDOVER_FRAMES:
+            raise UsageError(f"--frames must be at least {_HANDOVER_FRAMES}, got {self.frames}")
+        if self.memory_minutes <= 1:
+            raise UsageError(f"--memory-minutes must be more than 1, got {self.memory_minutes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,3 +233,7 @@ class BenchScale(ConfigFile):
         for name in ("units", "workers", "books_units", "video_seconds", "clips"):
             if not min(getattr(self, name), default=0) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        for name in ("video_seconds", "clips"):
+            few, many = getattr(self, name)
+            if few >= many:
+                raise UsageError(f"--{name.replace('_', '-')} must be a smaller and a larger number, got {few} {many}")

@@ -32,7 +32,7 @@ from jobs.bench.videos import ENCODERS, FPS, long_video, texture_video
 from pipeline.decode.backend import decode_windows
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
-from pipeline.errors import UsageError
+from pipeline.errors import DecodeError, UsageError
 
 BACK_ENDS = ("pyav", "decord", "torchcodec")
 LOOPS = ("loop: decord get_batch", "loop: PyAV all, torch resize")
@@ -60,8 +60,8 @@ def run_bench_decode(command: BenchDecode) -> int:
         "handover": [_handover(command, videos, height) for height in command.heights],
     }
     name = f"decode_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}"
-    text = to_markdown(result)
     (command.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = to_markdown(result)
     (command.output / f"{name}.md").write_text(text)
     print(text)
     return 0
@@ -174,6 +174,9 @@ def _handover(command: BenchDecode, videos: Path, height: int) -> Json:
     path = texture_video(videos, "h264", height, command.frames)
     request = request_of(str(path), [(0, 17), (20, 17), (40, 17)], 256)
     limits = DecodeLimits()
+    for outcome in decode_windows(request, limits):
+        if isinstance(outcome, DecodeError):
+            raise outcome
     rounds: dict[str, list[float]] = {"in_process": [], "decode_process": []}
     with DecodeProcess(limits) as process:
         works = {

@@ -73,10 +73,13 @@ def _decord_get_batch(path: str, windows: Windows, side: int) -> int:
 def _pyav_then_torch(path: str, windows: Windows, side: int) -> int:
     """What people write: all frames of the video as RGB, then pick, then resize with torch."""
     import av
+    from av.video.reformatter import VideoReformatter
 
     with av.open(path) as container:
         container.streams.video[0].codec_context.thread_count = 1
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        scaler = VideoReformatter()
+        scaled = (scaler.reformat(frame, format="rgb24", threads=1) for frame in container.decode(video=0))
+        frames = [frame.to_ndarray() for frame in scaled]
     return _resized(np.stack([frames[start + k] for start, count in windows for k in range(count)]), side)
 
 

@@ -5,7 +5,7 @@ Out:  encode_<hardware>_<date>.md and .json, rewritten after every case: clips p
       of the work-conserving bound, start-up, memory, goals.
 Cost: per case and round about 10 to 15 times --seconds-per-set, and half a minute of start-ups.
 Errors: UsageError when the output is no directory. A contender that dies says so in its row, a case whose bare stages
-    die in its section: the other cases go on, and the exit code is 1.
+    die in its section: the others go on. The exit code is 1 for such a case, or when one of ours died or lost clips.
 
 A pilot of one tar measures what a clip costs; the number of tars, and the speed of an encoder that sleeps, follow from
 it. Then the contenders take turns, in an order that rotates; ratios are taken within a round, medians over the rounds.
@@ -27,7 +27,7 @@ from typing import Any
 
 from jobs.bench.about import about, device_name, rotated
 from jobs.bench.config import BenchEncode
-from jobs.bench.encode_report import to_markdown
+from jobs.bench.encode_report import faults, to_markdown
 from jobs.bench.encode_runs import Job, bare, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
 from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
 from jobs.encode import choose_device
@@ -55,7 +55,7 @@ def run_bench_encode(command: BenchEncode) -> int:
             path.write_text(json.dumps(result, indent=1) + "\n")
             path.with_suffix(".md").write_text(to_markdown(result))
     print(to_markdown(result))
-    return 1 if any("error" in case for case in result["cases"]) else 0
+    return 1 if faults(result) or any("error" in case for case in result["cases"]) else 0
 
 
 @contextlib.contextmanager
@@ -128,6 +128,18 @@ def _measured(command: BenchEncode, job: Job, name: str, quarter: Path) -> Json:
     return cell
 
 
+def sleep_seconds(cost: Json, cores: int, encoder: str) -> float:
+    """How long an encoder sleeps for a clip that all cores decode in `cost`. Pure."""
+    return float(cost["decode_cpu_seconds"] / cores / SLEEPING[encoder])
+
+
+def tars_for(seconds: float, clips_per_tar: int, cost: Json, cores: int, encode_seconds: float) -> int:
+    """How many tars keep the cores, or an encoder beside them, busy for so long; at least two. Pure."""
+    # Not the write: it goes by the unit, and a pilot's units are small.
+    on_cores: float = (cost["decode_cpu_seconds"] + cost["encode_cpu_seconds"]) / cores
+    return max(2, math.ceil(seconds / max(on_cores, encode_seconds) / clips_per_tar))
+
+
 def _sized_job(command: BenchEncode, case: str, device: str, videos: Path, scratch: Path) -> Job:
     """The job whose clips keep all cores, or the encoder, busy for `seconds_per_set`."""
     set_name, _, encoder = case.partition(":")
@@ -149,15 +161,13 @@ def _sized_job(command: BenchEncode, case: str, device: str, videos: Path, scrat
     pilot = store_with_plan(job, job.tars, scratch / "pilot")
     samples, clips, megapixels = samples_of(pilot)
     cost = bare_stages(job, pilot, command.cores)
-    # Not the write: it goes by the unit, and a pilot's units are small.
-    seconds = (cost["decode_cpu_seconds"] + cost["encode_cpu_seconds"]) / command.cores
+    encode_seconds = 0.0
     if encoder in SLEEPING:
-        encode_seconds = cost["decode_cpu_seconds"] / command.cores / SLEEPING[encoder]
+        encode_seconds = sleep_seconds(cost, command.cores, encoder)
         source = f"rehearsal:4x8x8x16@{megapixels / clips / encode_seconds:.3f}"
-        seconds = max(seconds, encode_seconds)
     elif not job.computes_on_cpu:
-        seconds = max(seconds, bare_encoder(job, pilot)["encoder_seconds"])
-    num_tars = max(2, math.ceil(command.seconds_per_set / seconds / clips))
+        encode_seconds = bare_encoder(job, pilot)["encoder_seconds"]
+    num_tars = tars_for(command.seconds_per_set, clips, cost, command.cores, encode_seconds)
     return dataclasses.replace(
         job,
         tars=tuple(write_tars(set_name, videos, scratch / "tars", num_tars)),

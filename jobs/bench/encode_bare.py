@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import DecodeOutcome
 from pipeline.decode_requests import next_slice, to_requests
 from pipeline.encode import encode_slice
+from pipeline.encode_stage import num_callers
 from pipeline.index import read_fragment
 from pipeline.placement import Clip, PlacedShard
 from pipeline.plan import Plan, Unit, load_plan
@@ -113,16 +115,25 @@ def _random_batch(plan: Plan, bucket: Bucket) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
 
 
-def encoder_alone(plan: Plan, encoder: VideoEncoder) -> Json:
-    """The encoder on clips in memory, after a warm-up: {"clips", "encoder_cpu_seconds", "encoder_wall_seconds"}."""
+def encoder_alone(plan: Plan, encoder: VideoEncoder, threads: int) -> Json:
+    """The encoder on clips in memory, after a warm-up: {"clips", "encoder_cpu_seconds", "encoder_wall_seconds"}.
+
+    As many calls at a time as a job with these threads makes.
+    """
     clock, num_clips = _Clock(), 0
-    for unit in _one_per_bucket(plan):
-        encoder.encode(_random_batch(plan, unit.bucket))
-    for unit in plan.units():
-        batch, clips = _random_batch(plan, unit.bucket), plan.num_rows(unit)
-        for _ in range(0, clips, len(batch)):
-            clock("encoder", functools.partial(encoder.encode, batch))
-        num_clips += clips
+    callers = num_callers(encoder, plan.recipe, threads)
+    with ThreadPoolExecutor(callers, initializer=torch.set_num_threads, initargs=(threads // callers,)) as pool:
+
+        def encode(batch: torch.Tensor, calls: int) -> None:
+            for _ in pool.map(encoder.encode, itertools.repeat(batch, calls)):
+                pass
+
+        for unit in _one_per_bucket(plan):
+            encode(_random_batch(plan, unit.bucket), callers)
+        for unit in plan.units():
+            batch, clips = _random_batch(plan, unit.bucket), plan.num_rows(unit)
+            clock("encoder", functools.partial(encode, batch, -(-clips // len(batch))))
+            num_clips += clips
     return {"clips": num_clips, **clock.seconds}
 
 
@@ -144,7 +155,10 @@ def main() -> None:
     encoder = open_encoder(spec["encoder"] or _at_once(plan), spec["device"], plan.recipe.encode.compute_dtype)
     gc.freeze()  # as jobs do
     alone = spec["what"] == "encoder"
-    result = encoder_alone(plan, encoder) if alone else stages(storage, Path(spec["output"]), plan, encoder)
+    if alone:
+        result = encoder_alone(plan, encoder, spec["encode_threads"])
+    else:
+        result = stages(storage, Path(spec["output"]), plan, encoder)
     print(json.dumps(result), file=reply, flush=True)
 
 

@@ -8,7 +8,8 @@ Cost: what is measured.
 Errors: a clip that cannot be decoded is skipped, as these scripts do; anything else ends the process.
 
 They get what a careful person would give them: samples are read by byte range, decoding starts at the key frame before
-a window and stops after it, frames are scaled by the decoder, clips of one shape are encoded in batches.
+a window and stops after it, frames are scaled by the decoder (with PyAV by one scaler per window), clips of one shape
+are encoded in batches.
 """
 
 from __future__ import annotations
@@ -93,15 +94,19 @@ def decode_pyav(work: Work, thread_count: int = 1) -> list[np.ndarray]:
 
 
 def _window(container: Any, stream: Any, work: Work, start: int) -> np.ndarray:
+    from av.video.reformatter import VideoReformatter
+
     first = stream.start_time or 0
     if start:
         first += round(start / stream.average_rate / stream.time_base)
         container.seek(first, stream=stream)
     height, width = work.cover
     frames: list[np.ndarray] = []
+    scaler = VideoReformatter()
     for frame in container.decode(stream):
         if frame.pts is None or frame.pts >= first:
-            frames.append(frame.to_ndarray(format="rgb24", height=height, width=width, interpolation="AREA"))
+            scaled = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1)
+            frames.append(scaled.to_ndarray())
         if len(frames) == work.num_frames:
             break
     return np.stack(frames) if frames else np.empty((0, height, width, 3), np.uint8)

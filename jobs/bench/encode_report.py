@@ -36,7 +36,8 @@ _NAMES = {
 def to_markdown(result: Json) -> str:
     """The whole page."""
     cores, measured = result["about"]["cores"], [case for case in result["cases"] if "error" not in case]
-    lines = [*_head(result["about"]), *_goals(measured, cores), *_behind(measured)]
+    lines = [*_head(result["about"]), *(f"**FAULT** {fault}" for fault in faults(result))]
+    lines += [*_goals(measured, cores), *_behind(measured)]
     for case in result["cases"]:
         lines += _failed(case) if "error" in case else _table(case, cores)
     return "\n".join(lines) + "\n"
@@ -58,7 +59,10 @@ def _head(about: Json) -> Iterator[str]:
     yield "  are what comes before and after (imports, Ray, loading the encoder, the end of processes). Ours indexes"
     yield "  the tars before, told apart, and starts its decode processes in its seconds; the others are given what"
     yield "  they need of that index, offsets and windows"
-    yield "- encoder alone: one call at a time, on clips in memory. Bound: the CPU seconds of our decode, encode and"
+    yield "- ours and the bare stages keep freed memory, as `latentmill` has glibc do; the others run with glibc's own"
+    yield "  settings, as scripts do"
+    yield "- encoder alone: on clips in memory, as many calls at a time as ours makes (two where it computes on two or"
+    yield "  more CPU threads and can). Bound: the CPU seconds of our decode, encode and"
     yield "  write (one copy of them per core at once) over the cores or, where it is longer and the encoder sleeps or"
     yield "  has a GPU, the encoder alone per encode worker. With a GPU, encode includes the CPU seconds of the encoder"
     yield "  alone, which may wait busily for it"
@@ -75,8 +79,10 @@ def rate(turn: Json, name: str) -> float | None:
 
 
 def slower_of_ours(turn: Json) -> float | None:
-    """Clips per second of the slower of ours with one encoder."""
-    return min((found for name in _ONE_ENCODER if (found := rate(turn, name)) is not None), default=None)
+    """Clips per second of the slower of ours with one encoder; None where one of them died."""
+    asked = [name for name in _ONE_ENCODER if name in turn]
+    found = [clips for name in asked if (clips := rate(turn, name)) is not None]
+    return min(found) if found and len(found) == len(asked) else None
 
 
 def bound_seconds(case: Json, turn: Json, name: str, cores: int) -> float:
@@ -180,15 +186,26 @@ def _goals(cases: Sequence[Json], cores: int) -> Iterator[str]:
     yield ""
 
 
+def faults(result: Json) -> list[str]:
+    """Where one of ours died or lost clips, whose rows no goal then counts."""
+    return [
+        f"{case['set']} with {case['encoder']}: {_NAMES[name]}: {remark}"
+        for case in result["cases"]
+        if "error" not in case
+        for name in OURS
+        for remark in dict.fromkeys(_faults(case, [turn[name] for turn in case["rounds"] if name in turn]))
+    ]
+
+
 def _behind(cases: Sequence[Json]) -> Iterator[str]:
     """Where a contender is ahead of ours."""
+    pairs = [(case, name, found) for case in cases for name in OTHERS if (found := against(case, name)) is not None]
     ahead = [
         f"- {case['set']} with {case['encoder']}: {_NAMES[name]} is ahead, ours has {found} of its clips/s"
-        for case in cases
-        for name in OTHERS
-        if (found := against(case, name)) is not None and found.median < 1
+        for case, name, found in pairs
+        if found.median < 1
     ]
-    yield from ahead or (["No other contender is ahead of ours in any row."] if cases else [])
+    yield from ahead or (["No other contender is ahead of ours in any row."] if pairs else [])
     yield ""
 
 
@@ -249,10 +266,15 @@ def _remarks(case: Json, name: str, cells: Sequence[Json]) -> Iterator[str]:
     found = against(case, name) if name in OTHERS else None
     if found is not None and found.median < 1:
         yield "AHEAD of ours"
+    yield from _faults(case, cells)
+    for cell in cells:
+        if cell.get("clips", 0) > case["good_clips"]:
+            yield f"saved {cell['clips'] - case['good_clips']} clips of broken videos"
+
+
+def _faults(case: Json, cells: Sequence[Json]) -> Iterator[str]:
     for cell in cells:
         if "error" in cell:
             yield str(cell["error"]).replace("|", "/")[:160]
         elif cell["clips"] < case["good_clips"]:
             yield f"lost {case['good_clips'] - cell['clips']} good clips"
-        elif cell["clips"] > case["good_clips"]:
-            yield f"saved {cell['clips'] - case['good_clips']} clips of broken videos"

@@ -1,23 +1,24 @@
 """`latentmill bench model`: what each preset and each released diffusers config costs to encode with.
 
 In:   names of models, a clip's size, a device; a directory for the result.
-Out:  model_<hardware>_<date>.md and .json: parameters, kMAC per pixel, frames per second and peak memory, for the
-      model's own call on the whole clip and for our streaming, eager and compiled, per dtype and layout, with what
-      each changes in the latent; memory against length.
+Out:  model_<hardware>_<date>.md and .json, rewritten after every row: parameters, kMAC per pixel, frames per second and
+      peak memory, for the model's own call on the whole clip and for our streaming, eager and compiled, per dtype and
+      layout, with what each changes in the latent; memory against length.
 Cost: seconds to minutes per row on a CPU; a process each.
 Errors: UsageError for an unknown name or an output that is no directory; a way that a model cannot run, or that takes
-    longer than half an hour, says so in its row.
+    longer than half an hour, says so in its row. The exit code is 1 where no row could be measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jobs.bench.about import about, device_name
@@ -44,22 +45,27 @@ def run_bench_model(command: BenchModel) -> int:
     if not command.output.is_dir():
         raise UsageError(f"--output {command.output} is no directory: make it first")
     device = choose_device(command.device)
-    result: Json = {"about": _about(command, device)}
-    result["rows"] = [
-        _row(command, device, {"model": model, "how": how, "compiled": compiled, "dtype": dtype, "layout": layout})
-        for model in command.models or known
-        for dtype in command.dtypes
-        for how in ("plain", "streamed")
-        for layout in command.layouts
-        for compiled in ((False, True) if command.compile else (False,))
-    ]
-    result["lengths"] = [_length(command, device, frames) for frames in _LENGTHS]
-    text = "\n".join(to_markdown(result)) + "\n"
-    name = f"model_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}"
-    (command.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (command.output / f"{name}.md").write_text(text)
-    print(text)
-    return 0
+    path = command.output / f"model_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}.json"
+    result: Json = {"about": _about(command, device), "rows": [], "lengths": []}
+    for kind, row in _all_rows(command, device, command.models or known):
+        result[kind].append(row)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text("\n".join(to_markdown(result)) + "\n")
+    print("\n".join(to_markdown(result)))
+    return 1 if all("error" in row for row in result["rows"]) else 0
+
+
+def _all_rows(command: BenchModel, device: str, models: Sequence[str]) -> Iterator[tuple[str, Json]]:
+    ways = itertools.product(
+        models, command.dtypes, ("plain", "streamed"), command.layouts, (False, True) if command.compile else (False,)
+    )
+    for way in ways:
+        yield (
+            "rows",
+            _row(command, device, dict(zip(("model", "dtype", "how", "layout", "compiled"), way, strict=True))),
+        )
+    for frames in _LENGTHS:
+        yield "lengths", _length(command, device, frames)
 
 
 def _row(command: BenchModel, device: str, spec: Json) -> Json:
@@ -100,8 +106,7 @@ def _measured(command: BenchModel, device: str, spec: Json, frames: int, size: i
         done = subprocess.run(
             [sys.executable, "-m", "jobs.bench.model_child"],
             input=json.dumps(asked),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
             env={**os.environ, **(_GIVE_MEMORY_BACK if spec["how"] == "length" else {})},
             text=True,
             check=False,
@@ -109,7 +114,9 @@ def _measured(command: BenchModel, device: str, spec: Json, frames: int, size: i
         )
     except subprocess.TimeoutExpired:
         return {"error": f"timed out after {_LIMIT_SECONDS:g} s"}
-    fields: Json = json.loads(done.stdout) if done.stdout else {"error": f"the process ended with {done.returncode}"}
+    if not done.stdout:
+        return {"error": (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1][:100]}
+    fields: Json = json.loads(done.stdout)
     return fields
 
 
@@ -129,7 +136,8 @@ def to_markdown(result: Json) -> Iterator[str]:
     """The whole page."""
     told, peak = result["about"], _PEAK[result["about"]["device"]]
     yield from ("# Model benchmark", "", f"- command: `{told['command']}`", f"- date: {told['date']}")
-    yield f"- hardware: {told['hardware']}; {told['threads']} threads"
+    yield f"- commit: {told['commit']}"
+    yield f"- hardware: {told['hardware']}; {told['threads']} threads, glibc's own settings (a job keeps freed memory)"
     yield f"- versions: {', '.join(f'{name} {version}' for name, version in told['versions'].items())}"
     yield f"- one clip of {told['clip']}, random weights; medians of {told['repetitions']} after a warm-up"
     yield "- plain: the model's own call on the whole clip; streamed: canonical chunks of at least 8 frames"

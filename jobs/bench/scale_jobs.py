@@ -47,7 +47,7 @@ class Bench:
         where = ["--local"] if engine == "local" else ["--workers", "1"]
         size = f"{self.command.size}x{self.command.size}"
         argv += ["--encoder", self._source(encoder), "--frames", str(_FRAMES), "--sizes", size, *_BOUNDS, *where]
-        done = watch(["env", f"RAY_TMPDIR={self.ray_directory}", *argv, *flags], _LIMIT_SECONDS)
+        done = watch(["env", f"RAY_TMPDIR={self.ray_tmpdir}", *argv, *flags], _LIMIT_SECONDS)
         if done.returncode:
             raise RuntimeError(f"{' '.join(argv)} failed: {done.cause}")
         print(f"{name}: {done.seconds:.1f} s", file=sys.stderr, flush=True)
@@ -58,9 +58,9 @@ class Bench:
         return self.scratch / name.replace(" ", "_").replace("/", "_")
 
     @property
-    def ray_directory(self) -> Path:
-        """Where Ray keeps its sockets, logs and spilled objects."""
-        return self.scratch / "ray"
+    def ray_tmpdir(self) -> Path:
+        """Below which Ray keeps its sockets, logs and spilled objects."""
+        return self.scratch
 
     def _source(self, encoder: str) -> str:
         if is_rehearsal(encoder):
@@ -68,26 +68,29 @@ class Bench:
         directory = self.scratch / TINY_VAE
         return str(directory) if directory.exists() else save_preset(directory)
 
-    def tars(self, name: str, video: Path, count: int) -> list[Path]:
-        """`count` samples of the same video, in tars of at most 100: one file under many names."""
+    def tars(self, name: str, video: Path, count: int, per_tar: int = _CLIPS_PER_TAR) -> list[Path]:
+        """`count` samples of the same video; full tars are one file under many names."""
         directory = self.scratch / name
         if not directory.exists():
             directory.mkdir()
-            num_tars = -(-count // _CLIPS_PER_TAR)
-            first = _write_tar(directory / "00000.tar", video, count // num_tars)
-            for number in range(1, num_tars):
-                (directory / f"{number:05d}.tar").hardlink_to(first)
+            full, rest = divmod(count, per_tar)
+            paths = [directory / f"{number:05d}.tar" for number in range(full)]
+            for path in paths[:1]:
+                _write_tar(path, video, per_tar)
+            for path in paths[1:]:
+                path.hardlink_to(paths[0])
+            if rest:
+                _write_tar(directory / f"{full:05d}.tar", video, rest)
         return sorted(directory.iterdir())
 
 
-def _write_tar(path: Path, video: Path, count: int) -> Path:
+def _write_tar(path: Path, video: Path, count: int) -> None:
     payload = video.read_bytes()
     with tarfile.open(path, "w") as tar:
         for number in range(count):
             info = tarfile.TarInfo(f"{number:06d}.mp4")
             info.size = len(payload)
             tar.addfile(info, io.BytesIO(payload))
-    return path
 
 
 def measure_memory(bench: Bench) -> list[Json]:
@@ -114,8 +117,10 @@ def _memory_cell(bench: Bench, what: str, amount: int, engine: str, encoder: str
         video = long_video(bench.videos, bench.command.video_height, amount / 60)
         tars = bench.tars(f"{amount} s", video, bench.command.videos)
         flags = ("--windows", "uniform", "--num-windows", str(_WINDOWS))
-    with MemoryWatch(bench.ray_directory) as memory:
+    with MemoryWatch(bench.ray_tmpdir) as memory:
         done = bench.encode(f"memory {engine} {encoder} {amount} {what}", tars, encoder, engine, *flags)
+    if engine == "ray" and memory.spilled_files is None:
+        raise RuntimeError(f"Ray had no session in {bench.ray_tmpdir}, so nobody knows what it spilled")
     return {
         "amount": amount,
         "seconds": done.seconds,
@@ -140,7 +145,8 @@ def measure_starts(bench: Bench) -> list[Json]:
 
 
 def _start(bench: Bench, engine: str, encoder: str, repetition: int) -> Json:
-    tars = bench.tars("one tar", _short_video(bench), bench.command.start_clips)
+    count = bench.command.start_clips
+    tars = bench.tars("one tar", _short_video(bench), count, per_tar=count)
     name = f"start {engine} {encoder} {repetition}"
     done = bench.encode(name, tars, encoder, engine)
     (log,) = (json.loads(path.read_text()) for path in (bench.store(name) / "runs").glob("*.json"))

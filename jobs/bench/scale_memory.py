@@ -1,7 +1,7 @@
 """The peak memory of each kind of process below this one, while something runs; and what Ray spills meanwhile.
 
-In:   a directory that Ray keeps its files in.
-Out:  MiB by role: driver, encode worker, decode; Ray's own processes by name.
+In:   RAY_TMPDIR of the processes below.
+Out:  MiB by role: driver, encode worker, decode; Ray's own processes by name; spilled files.
 Cost: a look at the machine's processes ten times a second, a millisecond or so each.
 Errors: none.
 """
@@ -31,11 +31,14 @@ def role_of(command_line: str) -> str | None:
 
 
 class MemoryWatch:
-    """Within `with`: the largest peak of each role, and the most files that Ray held as spilled objects."""
+    """Within `with`: the largest peak of each role, and the most files that Ray held as spilled objects.
 
-    def __init__(self, ray_directory: Path) -> None:
-        self.spilled_files = 0
-        self._ray_directory = ray_directory
+    spilled_files: None where no session of Ray was seen.
+    """
+
+    def __init__(self, ray_tmpdir: Path) -> None:
+        self.spilled_files: int | None = None
+        self._session = ray_tmpdir / "ray" / "session_latest"
         self._peaks: dict[int, float] = {}
         self._roles: dict[int, str] = {}
         self._ended = threading.Event()
@@ -67,8 +70,9 @@ class MemoryWatch:
             if _descends(pid, os.getpid(), parents):
                 with contextlib.suppress(OSError):  # it ended while we looked
                     self._note(pid)
-        spilled = sum(1 for _ in self._ray_directory.glob("session_latest/ray_spilled_objects*/*"))
-        self.spilled_files = max(self.spilled_files, spilled)
+        if self._session.exists():
+            spilled = sum(1 for _ in self._session.glob("ray_spilled_objects*/*"))
+            self.spilled_files = max(self.spilled_files or 0, spilled)
 
     def _note(self, pid: int) -> None:
         # A Ray worker is idle before and after what it does: its title then says nothing.

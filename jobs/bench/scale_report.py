@@ -46,16 +46,18 @@ def goals(result: Json) -> list[Goal]:
         cost = [Spread.of([row["seconds_per_unit"] * 1e3]) for row in rows]
         found.append(Goal.at_most("controller, CPU ms per unit", _MILLISECONDS_PER_UNIT, cost))
         alone = sorted((row["units"], row["loop_mib"]) for row in rows if row["workers"] == 1)
-        more = Spread.of([alone[-1][1] - alone[0][1]])
-        found.append(Goal.at_most("controller, MiB more for the most units", _FLAT_MIB, [more]))
+        if len(alone) > 1:
+            more = Spread.of([alone[-1][1] - alone[0][1]])
+            found.append(Goal.at_most("controller, MiB more for the most units", _FLAT_MIB, [more]))
     if rows := result.get("books"):
         cost = [Spread.of([sum(row["seconds_per_unit"].values()) * 1e3]) for row in rows]
         found.append(Goal.at_most("books, CPU ms per unit, all passes", _MILLISECONDS_PER_UNIT, cost))
     if rows := result.get("memory"):
         growth = [Spread.of([share]) for row in rows for share in growth_of(row).values()]
-        found.append(Goal.at_most("growth of peak memory, any process", _FLAT_SHARE, growth))
-        spilled = [Spread.of([cell["spilled_files"]]) for row in rows for cell in row["cells"]]
-        found.append(Goal.at_most("objects spilled", 0, spilled))
+        found.append(Goal.at_most("growth of peak memory, any process seen with both", _FLAT_SHARE, growth))
+        on_ray = [cell["spilled_files"] for row in rows for cell in row["cells"] if row["engine"] == "ray"]
+        if on_ray:
+            found.append(Goal.at_most("objects that Ray spilled", 0, [Spread.of([files]) for files in on_ray]))
     if local := [row for row in result.get("start", ()) if row["engine"] == "local"]:
         walls = [Spread.of([row["seconds"] for row in group]) for _, group in _by_case(local)]
         found.append(Goal.at_most("job of one tar, --local, seconds", _START_SECONDS, walls))
@@ -121,7 +123,7 @@ def _memory(rows: list[Json]) -> Iterator[str]:
             for role, growth in growth_of(row).items()
         )
         amount = f"{small['amount']} to {large['amount']} {row['what']}"
-        spilled = small["spilled_files"] + large["spilled_files"]
+        spilled = sum(row["cells"][k]["spilled_files"] for k in (0, 1)) if row["engine"] == "ray" else ""
         yield f"| {row['engine']} | {row['encoder']} | {amount} | {roles} | {spilled} |"
     yield ""
 

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.buckets import BucketConfig
@@ -131,7 +132,8 @@ def decode_window(video: str | io.BytesIO, start: int, asked: Measurement) -> np
     with av.open(video, "r") as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = itertools.islice(container.decode(video=0), start, start + asked.frames)
-        sized = (frame.reformat(asked.size, asked.size, "rgb24", interpolation="AREA") for frame in frames)
+        scaler, size = VideoReformatter(), (asked.size, asked.size)
+        sized = (scaler.reformat(frame, *size, "rgb24", interpolation="AREA", threads=1) for frame in frames)
         return np.stack([frame.to_ndarray() for frame in sized])
 
 

@@ -39,7 +39,8 @@ def ratio(result: Json, loader: str) -> Spread:
 
 
 def _head(about: Json) -> Iterator[str]:
-    yield from ("# Training benchmark", "", f"- command: `{about['command']}`", f"- date: {about['date']}")
+    yield from ("# Training benchmark", "", f"- command: `{about['command']}`")
+    yield f"- date: {about['date']}, commit {about['commit']}"
     yield f"- hardware: {about['hardware']}"
     yield f"- versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
     yield f"- clips: {about['clips']}; {about['workers']} decode workers"

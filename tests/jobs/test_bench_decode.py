@@ -26,7 +26,15 @@ def cell(*rounds, frames=16):
 
 
 RESULT = {
-    "about": {"command": "c", "date": "d", "hardware": "h", "versions": {"av": "18"}, "repetitions": 1, "frames": 30},
+    "about": {
+        "command": "c",
+        "date": "d",
+        "commit": "abc",
+        "hardware": "h",
+        "versions": {"av": "18"},
+        "repetitions": 1,
+        "frames": 30,
+    },
     "rows": [
         {
             "codec": "h264",
@@ -65,7 +73,18 @@ def test_a_goal_inside_the_spread_is_neither_met_nor_missed():
     assert Goal.at_least("g", 1.0, rows) == Goal("g", rows[1], 1.0, "within the spread")
     assert Goal.at_least("g", 1.0, [*rows, Spread(0.97, 0.96, 0.99)]).verdict == "no"
     assert Goal.at_most("g", 0.95, rows) == Goal("g", rows[0], 0.95, "no")
-    assert Goal.at_most("g", 1.0, rows[1:]).verdict == "yes"
+    assert Goal.at_most("g", 1.0, rows[1:]).verdict == "within the spread"
+    assert Goal.at_most("g", 1.01, rows[1:]).verdict == "yes"
+
+
+def test_a_goal_shows_the_row_that_decides_it():
+    decided, lower = Spread(0.96, 0.95, 0.99), Spread(0.95, 0.9, 1.01)
+    assert Goal.at_least("g", 1.0, [decided, lower]) == Goal("g", decided, 1.0, "no")
+    assert Goal.at_most("g", -1.0, [decided.negated, lower.negated]) == Goal("g", decided.negated, -1.0, "no")
+
+
+def test_auto_that_cannot_decode_is_the_worst_row():
+    assert against({"cells": {"auto": {"error": "no"}, "pyav": cell(1.0)}}, ["pyav"]) == Spread.of([0.0])
 
 
 def test_every_method_comes_first_and_after_its_neighbours():
@@ -105,6 +124,9 @@ def test_a_wrong_directory_and_a_wrong_bench_are_told(tmp_path, capsys):
     assert "--output" in capsys.readouterr().err
     assert main(["bench", "decode", "--output", str(tmp_path), "--codecs", "h264", "theora"]) == 2
     assert "--codecs theora: there is h264" in capsys.readouterr().err
+    for flag, value in (("--repetitions", "0"), ("--frames", "56"), ("--memory-minutes", "1")):
+        assert main(["bench", "decode", flag, value]) == 2
+        assert flag in capsys.readouterr().err
     assert main(["bench", "cakes"]) == 2
     with pytest.raises(SystemExit):
         main(["bench", "decode", "--help"])

@@ -18,12 +18,12 @@ import torch
 
 from jobs.__main__ import main
 from jobs.bench import encode as bench_encode
-from jobs.bench import encode_runs
+from jobs.bench import encode_bare, encode_runs
 from jobs.bench.config import ENCODE_ENCODERS, ENCODE_SETS, OTHERS, OURS, BenchEncode
-from jobs.bench.encode import _held_to
+from jobs.bench.encode import _held_to, sleep_seconds, tars_for
 from jobs.bench.encode_bare import encoder_alone, stages
 from jobs.bench.encode_child import CONTENDERS, Batcher, Work, decode_decord, decode_pyav
-from jobs.bench.encode_report import against, bound_seconds, goals, over_bound, slower_of_ours, to_markdown
+from jobs.bench.encode_report import against, bound_seconds, faults, goals, over_bound, slower_of_ours, to_markdown
 from jobs.bench.encode_runs import Job, bare, bare_stages, run_contender, samples_of
 from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
 from jobs.bench.processes import Watched, watch
@@ -145,6 +145,26 @@ class TestReport:
     def test_nobody_ahead_is_said(self) -> None:
         page = to_markdown({"about": ABOUT, "cases": [case(turn(local=run(), plain=run(seconds=20)))]})
         assert "No other contender is ahead of ours in any row." in page
+        alone = to_markdown({"about": ABOUT, "cases": [case(turn(local=run(), decord={"error": "died: x"}))]})
+        assert "No other contender" not in alone
+
+    def test_one_of_ours_that_dies_or_loses_clips_is_a_fault(self) -> None:
+        died = case(turn(local=run(), ray_1={"error": "died: gone"}, plain=run(seconds=20)))
+        assert slower_of_ours(died["rounds"][0]) is None
+        assert against(died, "plain") is None
+        lost = case(turn(local=run(clips=99), ray_1=run()), encoder="tiny-vae")
+        result = {"about": ABOUT, "cases": [died, lost, case(turn(local=run(), plain=run(clips=1)))]}
+        assert faults(result) == [
+            "short with balanced: **ours, Ray, 1 encode worker**: died: gone",
+            "short with tiny-vae: **ours, --local**: lost 1 good clips",
+        ]
+        assert to_markdown(result).count("**FAULT** short with") == 2
+
+    def test_a_computing_encoder_is_held_against_what_decode_leaves_of_it(self) -> None:
+        """The encoder alone makes 20 clips a second, and takes 0.02 of 0.16 CPU seconds."""
+        computing = case(turn(local=run(seconds=50), ray_1=run(seconds=80)), encoder="tiny-vae")
+        (goal,) = [goal for goal in goals([computing], 2) if goal.name.startswith("real encoders")]
+        assert goal.measured.median == pytest.approx((100 / 80) / (20 * 0.02 / 0.16))
 
     def test_a_case_that_failed_says_so_and_counts_nowhere_else(self) -> None:
         failed = {"set": "huge", "about": "few clips", "encoder": "wan-2.1-full", "error": "CUDA out of memory"}
@@ -263,7 +283,7 @@ class TestRuns:
         assert found["encode_cpu_seconds"] < asleep < found["encode_wall_seconds"]
         assert found["decode_cpu_seconds"] > 0.05
         assert found["write_cpu_seconds"] > 0
-        alone = encoder_alone(plan, encoder)
+        alone = encoder_alone(plan, encoder, 1)
         assert alone["clips"] == 39
         assert alone["encoder_cpu_seconds"] < asleep < alone["encoder_wall_seconds"] < 2 * asleep
 
@@ -322,23 +342,34 @@ A_JOB = Job(
 
 
 class TestBare:
-    def test_the_encoder_alone_takes_full_batches_and_has_met_every_bucket(self) -> None:
+    def test_the_encoder_alone_takes_full_batches_and_has_met_every_bucket(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         small, large = Bucket(1, 16, 16), Bucket(5, 16, 16)
         rows = {Unit(small, 0): 8, Unit(small, 1): 3, Unit(large, 0): 5}
         plan: Any = SimpleNamespace(
             units=lambda: iter(rows), num_rows=rows.get, recipe=SimpleNamespace(batch_size={small: 4, large: 2}.get)
         )
+        monkeypatch.setattr(encode_bare, "num_callers", lambda *asked: 2 if asked == (encoder, plan.recipe, 6) else 1)
+        threads = set[int]()
         calls: list[tuple[int, ...]] = []
 
         def encode(frames: torch.Tensor) -> None:
             calls.append(tuple(frames.shape[:2]))
-            time.sleep(0.002)
+            threads.add(torch.get_num_threads())
+            time.sleep(0.02)
 
         encoder: Any = SimpleNamespace(encode=encode)
-        found = encoder_alone(plan, encoder)
+        found = encoder_alone(plan, encoder, 1)
         assert calls == [(4, 1), (2, 5)] + [(4, 1)] * 3 + [(2, 5)] * 3
         assert found["clips"] == 16
-        assert found["encoder_cpu_seconds"] < 0.012 <= found["encoder_wall_seconds"]
+        assert found["encoder_cpu_seconds"] < 0.12 <= found["encoder_wall_seconds"]
+        calls.clear()
+        threads.clear()
+        found = encoder_alone(plan, encoder, 6)
+        assert calls == [(4, 1)] * 2 + [(2, 5)] * 2 + [(4, 1)] * 3 + [(2, 5)] * 3
+        assert threads == {3}
+        assert 0.08 <= found["encoder_wall_seconds"] < 0.12  # one, one and two turns of two calls
 
     @pytest.mark.parametrize(("device", "encode_cpu"), [("cpu", 0.5), ("cuda", 0.5 + 0.25)])
     def test_what_an_encoder_on_a_gpu_takes_of_the_cpu_is_in_the_encode(
@@ -381,6 +412,16 @@ def test_an_encoder_on_a_gpu_has_one_thread_unless_told_otherwise() -> None:
     assert BenchEncode(encode_threads=3).threads_on("cuda") == 3
     with pytest.raises(UsageError, match="--encode-threads must not be negative"):
         BenchEncode(encode_threads=-1)
+
+
+def test_a_set_is_as_large_as_its_slower_stage_asks() -> None:
+    cost = {"decode_cpu_seconds": 0.12, "encode_cpu_seconds": 0.04}
+    assert sleep_seconds(cost, 4, "balanced") == pytest.approx(0.03)
+    assert sleep_seconds(cost, 4, "encode-bound") == pytest.approx(0.09)
+    assert sleep_seconds(cost, 4, "decode-bound") == pytest.approx(0.01)
+    assert tars_for(60, 16, cost, 4, 0.0) == 94  # 60 s of 0.04 s are 1,500 clips
+    assert tars_for(60, 16, cost, 4, 0.09) == 42
+    assert tars_for(0.1, 16, cost, 4, 0.0) == 2
 
 
 def test_cores_are_given_back() -> None:

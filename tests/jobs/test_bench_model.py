@@ -215,7 +215,15 @@ def page(device: str, **row: Any) -> str:
         "encoder": 1e6, "decoder": 1e6, "kmacs_per_pixel": 9.0, "frames_per_second": 5.0, "peak_mib": 70.0,
         "matrix_share": 0.5, "latent_error_std": 0.0, "tf32": False, **row,
     }  # fmt: skip
-    about = {"command": "c", "date": "d", "hardware": "h", "threads": 1, "versions": {}, "clip": "9x32x32"}
+    about = {
+        "command": "c",
+        "date": "d",
+        "commit": "abc",
+        "hardware": "h",
+        "threads": 1,
+        "versions": {},
+        "clip": "9x32x32",
+    }
     lengths = [{"frames": 33, "peak_mib": 64.0}, {"frames": 1025, "error": "timed out after 9 s"}]
     return "\n".join(
         to_markdown(
@@ -237,7 +245,7 @@ def test_the_report_says_whose_memory_it_is_and_what_float32_means() -> None:
 def test_a_row_that_takes_too_long_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_model, "_LIMIT_SECONDS", 0.01)
     flags = ["--hardware", "here", "--models", "tiny-4x8x8x16", "--dtypes", "float32", "--no-compile"]
-    assert main(["bench", "model", "--output", str(tmp_path), *flags]) == 0
+    assert main(["bench", "model", "--output", str(tmp_path), *flags]) == 1
     (path,) = tmp_path.glob("model_here_*.json")
     result = json.loads(path.read_text())
     assert [row["error"] for row in (*result["rows"], *result["lengths"])] == ["timed out after 0.01 s"] * 4

@@ -32,7 +32,15 @@ def turn(ours: float, webdataset: float, loose: float, waiting: float) -> dict[s
 
 
 def test_goals_take_ratios_within_rounds_and_medians_over_them() -> None:
-    about = {"command": "c", "date": "d", "hardware": "h", "versions": {"av": "18"}, "repetitions": 3, "steps": 5}
+    about = {
+        "command": "c",
+        "date": "d",
+        "commit": "abc",
+        "hardware": "h",
+        "versions": {"av": "18"},
+        "repetitions": 3,
+        "steps": 5,
+    }
     about |= {"step_seconds": 0.3, "threads": 2, "workers": 2, "clips": "c"}
     rounds = [turn(200, 100, 250, 0.03), turn(100, 50, 125, 0.04), turn(50, 25, 40, 0.01)]
     result = {"about": about, "rounds": rounds}
