@@ -29,7 +29,7 @@ class Command:
 
 
 COMMANDS = {
-    "index": Command(Index, "jobs.prepare:run_index"),
+    "index": Command(Index, "jobs.index:run_index"),
     "plan": Command(PlanCommand, "jobs.prepare:run_plan"),
     "encode": Command(Encode, "jobs.encode:run_encode"),
     "status": Command(Status, "jobs.inspect_store:run_status"),

@@ -20,15 +20,17 @@ from types import FrameType
 from typing import Any
 
 from jobs.flags import EngineFlags
-from jobs.prepare import decode_limits, describe_encoder, index_shards, make_plan, make_recipe, ready_encoder
+from jobs.index import index_shards
+from jobs.prepare import describe_encoder, make_plan, make_recipe, ready_encoder
 from jobs.progress import Reporter
+from jobs.rehearsal import is_rehearsal
 from jobs.start_times import StartTimes
 from jobs.store_config import Encode
 from pipeline.account import Account, close_books, open_books, take_account, units_left
 from pipeline.controller import Controller, Policy, judge_failures
 from pipeline.decode.pool import ProcessPool
 from pipeline.engine import Engine, Interrupted, run
-from pipeline.errors import LatentmillError, UsageError
+from pipeline.errors import JobError, LatentmillError, UsageError
 from pipeline.index import list_fragments, read_fragment
 from pipeline.plan import Plan
 from pipeline.shards import ShardRef
@@ -51,7 +53,7 @@ def run_encode(command: Encode) -> int:
     if command.engine.local:
         # Importing torch takes longer than all else of a small job: begin while decode processes probe the videos.
         threading.Thread(target=importlib.import_module, args=("pipeline.local",), name="import").start()
-        pool = ProcessPool(command.engine.decode_processes, decode_limits(command.engine))
+        pool = ProcessPool(command.engine.decode_processes, command.engine.decode_limits)
     with pool or contextlib.nullcontext():
         shards = _indexed(storage, command, pool)
         start_times.reach("index")
@@ -93,9 +95,22 @@ def _encode_units(
     policy = Policy(units_in_flight=flags.units_in_flight, max_failed_share=command.limits.max_failed_share)
     controller = Controller(units_left(storage, plan), policy, before.clips_done, before.clips_failed)
     open_books(storage)
+    if not flags.local:
+        from jobs.ray_cluster import connect
+
+        connect(flags)  # before signals are ours: Ray's start takes them
     with _stop_on_signals() as stop, _engine(storage, plan, source, flags, pool) as (engine, device):
         start_times.reach("encoder" if flags.local else "cluster")
-        reporter = Reporter(storage, command.engine, device, controller, before.clips_left, num_units, start_times)
+        reporter = Reporter(
+            storage,
+            command.engine,
+            device,
+            controller,
+            before.clips_left,
+            num_units,
+            start_times,
+            encoder_sleeps=is_rehearsal(source),
+        )
         outcome = "crashed"
         try:
             run(
@@ -138,13 +153,23 @@ def _engine(
 
 
 def _cluster_device(flags: EngineFlags) -> str:
-    """The device that a flag means on the cluster, which is joined for this."""
+    """The device that a flag means on the cluster, which is joined for this.
+
+    Raises:
+        JobError: cuda is asked for, and the cluster is this machine, which has no GPU: none will ever come.
+    """
     from jobs.ray_cluster import cluster_resource, connect
 
     connect(flags)
-    if flags.device != "auto":
-        return flags.device
-    return "cuda" if cluster_resource("GPU") else "cpu"
+    has_gpu = cluster_resource("GPU") > 0
+    if flags.device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if flags.device == "cuda" and not has_gpu and not flags.cluster_address:
+        raise JobError(
+            "--device cuda: Ray finds no GPU on this machine; use --device cpu, or name a cluster that has some with "
+            "--ray-address"
+        )
+    return flags.device
 
 
 def _local_engine(
@@ -157,8 +182,8 @@ def _local_engine(
 
     torch.set_num_threads(flags.encode_threads)
     pool.start()  # while the encoder loads
-    encoder = ready_encoder(source, device, plan)
     window_bytes = flags.window_mb * _MEGABYTE or default_window_bytes(plan, pool.num_processes)
+    encoder = ready_encoder(source, device, plan, window_bytes)
     return LocalEngine(encoder, pool, storage, plan, window_bytes, flags.encode_threads)
 
 
@@ -176,19 +201,26 @@ def _ray_engine(storage: Storage, source: str, flags: EngineFlags, device: str) 
             encode_threads=flags.encode_threads,
             share=share,
             window_mb=flags.window_mb if share.decode_processes else flags.usual_window_mb,
-            limits=decode_limits(flags),
+            limits=flags.decode_limits,
         ),
         flags,
     )
 
 
 def choose_device(name: str) -> str:
-    """The device that a flag means on this machine."""
-    if name != "auto":
+    """The device that a flag means on this machine.
+
+    Raises:
+        UsageError: cuda is asked for, and there is none.
+    """
+    if name == "cpu":
         return name
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu, or auto")
+    return "cuda" if has_cuda else "cpu"
 
 
 class _Stop:

@@ -19,6 +19,7 @@ import tyro
 from jobs.cores import usable_cores
 from pipeline.buckets import BucketConfig
 from pipeline.byte_window import LEAST_WINDOW_MB
+from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import DecoderName
 from pipeline.errors import UsageError
 from pipeline.filters import FilterConfig
@@ -27,6 +28,7 @@ from pipeline.sampling import SamplingConfig
 
 Shards = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS...")]
 Keys = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY...")]
+Device = Literal["auto", "cpu", "cuda"]
 POSITIONALS = frozenset({"shards", "keys"})
 """The fields that are not flags."""
 
@@ -48,13 +50,25 @@ class StoreFlags(ConfigFile):
 
 
 @dataclasses.dataclass(frozen=True)
+class StoredLatentFlags(StoreFlags):
+    """Commands that decode a store's latents back."""
+
+    encoder: str | None = None
+    """Where the encoder lies now; default: where it lay when the store was made."""
+    device: Device = "auto"
+    """Where the encoder runs; auto takes CUDA when there is one."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeFlags:
     """How videos are decoded; none of it changes a latent."""
 
     decode_workers: int = 0
-    """Decode processes of a machine; 0: one for each CPU that may be used."""
+    """Decode processes of a machine; 0: one for each CPU that may be used. On a Ray cluster that is joined: at most so
+    many per node, beside all of its workers; 0: as many as its CPUs."""
     decode_timeout_seconds: float = 60.0
-    """A video that takes longer is failed as `timeout`; long videos get more, in proportion."""
+    """Time for a request, one video's windows; more for its bytes and frames. What takes longer is failed as `timeout`.
+    Below 60 that happens to good videos where an object store is slow: its client tries again for nearly a minute."""
     decode_memory_mb: int = 4096
     """Address space of a decode process."""
 
@@ -67,6 +81,11 @@ class DecodeFlags:
     def decode_processes(self) -> int:
         """Decode processes of this machine."""
         return self.decode_workers or usable_cores()
+
+    @property
+    def decode_limits(self) -> DecodeLimits:
+        """The limits of one decode process."""
+        return DecodeLimits(timeout_seconds=self.decode_timeout_seconds, memory_bytes=self.decode_memory_mb << 20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +124,11 @@ class TrialFlags(DecodeFlags):
 
     workers: int = 1
     """Encode workers (one GPU each with --device cuda)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where the encoder runs; auto takes CUDA when there is one."""
     encode_threads: int = 1
-    """CPU threads of each encode worker: of several, two encoder calls at a time take half each. Fixed, since their
-    number may change the last bits of a latent on a CPU."""
+    """CPU threads with which each encode worker encodes; with two or more it makes two encoder calls at a time, on half
+    of them each, where encoder and clips allow. Another number may change the last bits of a latent on a CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,7 +140,8 @@ class LimitFlags:
     """When to give up."""
 
     max_failed_share: float = 0.2
-    """Stop with an error when more of the samples cannot be read, or more of the clips fail."""
+    """Share, 0 to 1: stop with an error when more of the samples cannot be read (judged when planning), or more of the
+    clips fail (judged from 50 clips on, and at the end)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_failed_share <= 1:

@@ -3,7 +3,7 @@
 In:   a trained model of ours and a prior; or a store, its encoder, and the keys of two clips.
 Out:  a film strip and a video of the generated clips.
 Cost: one decode per clip; a learned prior, one pass of its transformer per code before.
-Errors: UsageError for models, priors, keys and sizes that do not fit.
+Errors: UsageError for models, priors, keys, devices and sizes that do not fit; JobError where a GPU has no memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.generate_config import Interpolate, Sample
 from jobs.generate_pictures import write_clips
-from jobs.inspect_store import find_rows, load_store_encoder
+from jobs.inspect_store import find_rows, load_store_encoder, where_keys_are
 from models.spec import VideoEncoder
 from pipeline.errors import UsageError
 from pipeline.filmstrip import LabelledClips, safe_stem
@@ -106,7 +106,9 @@ def _find_prior(name: str, autoencoder: str) -> PriorName | CodePrior:
 def run_interpolate(command: Interpolate) -> int:
     """`latentmill interpolate KEY1 KEY2 --store S`."""
     if len(command.keys) != 2:
-        raise UsageError(f"interpolate needs two KEYs, as `latentmill status` or the ledger write them: {command.keys}")
+        raise UsageError(
+            f"interpolate needs two KEYs, got {' '.join(command.keys) or 'none'}: {where_keys_are(command.store)}"
+        )
     storage = open_storage(command.store)
     header = open_header(storage)
     found = find_rows(storage, load_plan(storage, header.recipe), command.keys, command.window)
@@ -117,7 +119,7 @@ def run_interpolate(command: Interpolate) -> int:
             "only clips of one size can be interpolated"
         )
     ends = [_stored_latent(storage, header, first, first_line), _stored_latent(storage, header, last, last_line)]
-    encoder = load_store_encoder(header, command.encoder)
+    encoder = load_store_encoder(header, command.encoder, command.device)
     latents, labels = _between(command, ends, header)
     sampling = header.recipe.sampling
     fps = sampling.fps or first_line["source_fps"] / sampling.frame_step or _STILL_FPS
@@ -158,4 +160,6 @@ def _between(command: Interpolate, ends: list[Tensor], header: Header) -> tuple[
 
 def _decode(encoder: VideoEncoder, labels: list[str], latents: Tensor) -> LabelledClips:
     """One clip at a time, so that memory does not grow with their number but by the frames."""
-    return [(label, encoder.decode(latent[None])[0].numpy()) for label, latent in zip(labels, latents, strict=True)]
+    from pipeline.verify import decode_latent
+
+    return [(label, decode_latent(encoder, latent)) for label, latent in zip(labels, latents, strict=True)]

@@ -17,7 +17,7 @@ import tyro
 from jobs.flags import (
     ConfigFile,
     Keys,
-    StoreFlags,
+    StoredLatentFlags,
     require_positive,
 )
 from pipeline.errors import UsageError
@@ -54,7 +54,7 @@ class Sample(ConfigFile):
 
 
 @dataclasses.dataclass(frozen=True)
-class Interpolate(StoreFlags):
+class Interpolate(StoredLatentFlags):
     """Decode what lies between two stored clips. In a model of codes, what lies between them is no code of its own."""
 
     keys: Keys = ()
@@ -67,8 +67,6 @@ class Interpolate(StoreFlags):
     """From end to end along a line, or along a sphere around the normaliser's mean."""
     window: int = 0
     """Which of each sample's clips; 0 is the first."""
-    encoder: str | None = None
-    """Where the encoder lies now; default: where it lay when the store was made."""
 
     def __post_init__(self) -> None:
         if self.steps < 2:

@@ -3,7 +3,7 @@
 In:   a store; for pixels also its encoder and its shards.
 Out:  lines on stdout; videos and film strips; exit code 1 when `verify` finds a problem.
 Cost: status reads the ledger; verify reads every latent; reconstruct decodes what it is asked for.
-Errors: UsageError for keys and encoders that do not fit the store.
+Errors: UsageError for keys, encoders and devices that do not fit the store or this machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from jobs.prepare import decode_limits, open_encoder
+from jobs.encode import choose_device
+from jobs.prepare import open_encoder
 from jobs.store_config import Reconstruct, Status, Verify
 from models.spec import VideoEncoder
 from pipeline import ledger
@@ -81,9 +82,9 @@ def _compare(storage: Storage, header: Header, plan: Plan, command: Verify) -> I
     from pipeline.decode.pool import ProcessPool
     from pipeline.verify import Comparison, compare
 
-    encoder = load_store_encoder(header, command.encoder)
+    encoder = load_store_encoder(header, command.encoder, command.device)
     comparisons: list[Comparison] = []
-    with ProcessPool(command.engine.decode_processes, decode_limits(command.engine)) as pool:
+    with ProcessPool(command.engine.decode_processes, command.engine.decode_limits) as pool:
         for result in compare(storage, plan, encoder, pool, command.share):
             if isinstance(result, str):
                 yield f"{result} (--share 0 verifies without the shards)"
@@ -106,10 +107,10 @@ def _table(comparisons: Sequence[Any], worst: int) -> Iterator[str]:
         yield f"  worst: {result.key} (row {result.row}): {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
 
 
-def load_store_encoder(header: Header, source: str | None) -> VideoEncoder:
-    """The store's encoder, from where it lies now or lay then, checked by its fingerprint."""
+def load_store_encoder(header: Header, source: str | None, device: str) -> VideoEncoder:
+    """The store's encoder, from where it lies now or lay then, checked by its fingerprint; `device` as in --device."""
     place = source or header.encoder_source
-    encoder = open_encoder(place, compute_dtype=header.recipe.encode.compute_dtype)
+    encoder = open_encoder(place, choose_device(device), header.recipe.encode.compute_dtype)
     require_encoder_of(header, place, encoder.card.fingerprint)
     return encoder
 
@@ -132,11 +133,11 @@ def run_reconstruct(command: Reconstruct) -> int:
     from pipeline.verify import restore
 
     if not command.keys:
-        raise UsageError("reconstruct needs KEYs, as `latentmill status` or the ledger write them")
+        raise UsageError(f"reconstruct needs KEYs: {where_keys_are(command.store)}")
     storage, header, plan = _open(command.store)
     found = find_rows(storage, plan, command.keys, command.window)
-    encoder = load_store_encoder(header, command.encoder)
-    with ProcessPool(command.engine.decode_processes, decode_limits(command.engine)) as pool:
+    encoder = load_store_encoder(header, command.encoder, command.device)
+    with ProcessPool(command.engine.decode_processes, command.engine.decode_limits) as pool:
         for key, (unit, line) in found.items():
             for result in restore(storage, plan, unit, [line], encoder, pool):
                 if isinstance(result, str):
@@ -152,6 +153,11 @@ def run_reconstruct(command: Reconstruct) -> int:
                     raise UsageError(f"--output {command.output} cannot be written: {error}") from error
                 print(f"{name}: {quality} -> {', '.join(map(str, paths))}")
     return 0
+
+
+def where_keys_are(store: str) -> str:
+    """For messages that ask for keys. Pure."""
+    return f"column `key` of {store}/samples/*.parquet, or of {store}/ledger/*/*.parquet until it is complete"
 
 
 def find_rows(storage: Storage, plan: Plan, keys: Sequence[str], window: int) -> dict[str, tuple[Unit, dict[str, Any]]]:

@@ -1,113 +1,36 @@
-"""`index` and `plan`: what has to be known before anything is encoded.
+"""`plan`: which clips of the indexed shards are encoded, into which units, at which price.
 
-In:   shards and a recipe.
-Out:  the store's index, header, arrays and plan; a price on stdout.
-Cost: index: one header read and one probe per sample, in parallel; plan: one pass over the index.
+In:   a store with an index, and a recipe.
+Out:  the store's header, arrays and plan; a price on stdout.
+Cost: one pass over the index.
 Errors: UsageError, MismatchError, ShardError, FailureLimitError.
 """
 
 from __future__ import annotations
 
-import sys
-import time
+import socket
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobs.flags import ClusterFlags, DecodeFlags, RecipeFlags
+from jobs.flags import RecipeFlags
 from jobs.rehearsal import RehearsalEncoder, describe_rehearsal, is_rehearsal
-from jobs.store_config import Index, PlanCommand
+from jobs.store_config import PlanCommand
 from models.spec import EncoderCard, VideoEncoder
 from pipeline import ledger, store
-from pipeline.decode.limits import DecodeLimits
-from pipeline.decode.pool import ProcessPool
 from pipeline.errors import FailureLimitError, MismatchError, UsageError
 from pipeline.generation import Generation, to_parquet
 from pipeline.index import (
-    fragment_name,
-    index_shard,
     list_fragments,
-    missing_fragments,
     read_fragment,
-    summarise,
-    write_fragment,
 )
 from pipeline.placement import PlacedShard
 from pipeline.plan import Plan, extend, load_plan, new_shards
 from pipeline.price import Price
 from pipeline.recipe import Recipe, to_tree
-from pipeline.shards import ShardRef, expand, identify
+from pipeline.shards import ShardRef
 from pipeline.storage import Storage, open_storage
 
 _MEGABYTE = 1 << 20
-
-
-def decode_limits(flags: DecodeFlags) -> DecodeLimits:
-    """The limits of one decode process."""
-    return DecodeLimits(timeout_seconds=flags.decode_timeout_seconds, memory_bytes=flags.decode_memory_mb * _MEGABYTE)
-
-
-def run_index(command: Index) -> int:
-    """`latentmill index SHARDS... --store S`."""
-    if not command.shards:
-        raise UsageError("index needs SHARDS: paths of tars, globs or braces")
-    storage = open_storage(command.store)
-    shards = index_shards(storage, command.shards, command.engine)
-    summary = summarise(read_fragment(storage, shard.shard_id) for shard in shards)
-    print("\n".join(summary.lines()))
-    return 0
-
-
-def index_shards(
-    storage: Storage, patterns: Sequence[str], flags: ClusterFlags, pool: ProcessPool | None = None
-) -> list[ShardRef]:
-    """Index what is missing; returns all the shards that the patterns name.
-
-    With --local in `pool`, whose processes then are warm, or in one of its own.
-    """
-    shards = [identify(url) for url in expand(patterns)]
-    missing = missing_fragments(storage, shards)
-    if missing:
-        started = time.monotonic()
-        print(f"index: {len(missing)} of {len(shards)} shards are new", file=sys.stderr)
-        if pool is not None:
-            _index_local(storage, missing, pool)
-        elif flags.local:
-            with ProcessPool(flags.decode_processes, decode_limits(flags)) as own_pool:
-                _index_local(storage, missing, own_pool)
-        else:
-            _index_on_ray(storage, missing, flags)
-        print(f"index: done in {time.monotonic() - started:.1f} s", file=sys.stderr)
-    _forget_stale(storage, shards)
-    return shards
-
-
-def _index_local(storage: Storage, shards: Sequence[ShardRef], pool: ProcessPool) -> None:
-    def index_one(shard: ShardRef) -> None:
-        write_fragment(storage, index_shard(shard, lambda source: pool.probe(source).result()))
-
-    with ThreadPoolExecutor(pool.num_processes) as threads:
-        for _ in threads.map(index_one, shards):
-            pass
-
-
-def _index_on_ray(storage: Storage, shards: Sequence[ShardRef], flags: ClusterFlags) -> None:
-    from jobs.ray_cluster import connect
-    from jobs.ray_decode import index_on_ray
-
-    connect(flags)
-    index_on_ray(storage.url, shards, decode_limits(flags))
-
-
-def _forget_stale(storage: Storage, shards: Sequence[ShardRef]) -> None:
-    """Delete fragments of earlier versions of these shards, unless a plan stands on them."""
-    header = store.read_header(storage)
-    planned = load_plan(storage, header.recipe).shards if header else {}
-    keep = {shard.shard_id for shard in planned.values()} | {shard.shard_id for shard in shards}
-    urls = {shard.url for shard in shards}
-    for shard_id in list_fragments(storage):
-        if shard_id not in keep and read_fragment(storage, shard_id).shard.url in urls:
-            storage.delete(fragment_name(shard_id))
 
 
 def make_recipe(flags: RecipeFlags, card: EncoderCard) -> Recipe:
@@ -154,17 +77,25 @@ def open_encoder(source: str, device: str = "cpu", compute_dtype: str = "float32
         raise UsageError(f"the encoder {source} cannot be loaded: {error}") from error
 
 
-def ready_encoder(source: str, device: str, plan: Plan) -> VideoEncoder:
-    """A plan's encoder on its device; what a GPU spends at its first calls is spent.
+def ready_encoder(source: str, device: str, plan: Plan, window_bytes: int) -> VideoEncoder:
+    """A plan's encoder on its device; what a GPU spends at its first calls is spent. `window_bytes`: its worker's.
 
     Raises:
-        UsageError: it cannot be loaded. JobError: the GPU has no memory for the plan's largest call.
+        UsageError: it cannot be loaded. MismatchError: it is not the one that the plan was made with, since the place
+        was written to since, or holds another copy on this node. JobError: the GPU has no memory for the largest call.
     """
     from pipeline.encoder_call import warm_up
 
     encoder = open_encoder(source, device, plan.recipe.encode.compute_dtype)
+    found, planned = encoder.card.fingerprint, plan.recipe.encoder.fingerprint
+    if found != planned:
+        raise MismatchError(
+            f"the encoder {source} on {socket.gethostname()} is not the one that the job was planned with: its "
+            f"fingerprint is {found}, the recipe has {planned}. Put the same files there on every node, or write to a "
+            "new --store."
+        )
     if device != "cpu":
-        warm_up(encoder, plan)
+        warm_up(encoder, plan, window_bytes)
     return encoder
 
 
@@ -205,7 +136,7 @@ def make_plan(
     if fresh:
         fragments = (read_fragment(storage, shard.shard_id) for shard in fresh)
         generation = extend(plan, fragments, recipe, lambda _, placed: price.add(placed))
-        _judge_samples(price, max_failed_share)
+        _judge_samples(storage, price, max_failed_share)
         if not has_header:
             store.write_header(storage, store.Header(recipe, encoder_source))
         _write_generation(storage, plan, generation, fresh)
@@ -241,7 +172,7 @@ def _write_generation(storage: Storage, plan: Plan, generation: Generation, shar
         )
 
 
-def _judge_samples(price: Price, max_failed_share: float) -> None:
+def _judge_samples(storage: Storage, price: Price, max_failed_share: float) -> None:
     samples = sum(bucket.samples for bucket in price.buckets.values()) + price.unplaced.total()
     if samples and price.failed_samples / samples > max_failed_share:
         reasons = ", ".join(
@@ -249,5 +180,6 @@ def _judge_samples(price: Price, max_failed_share: float) -> None:
         )
         raise FailureLimitError(
             f"{price.failed_samples} of {samples} samples cannot be read, more than --max-failed-share "
-            f"{max_failed_share:g} allows: {reasons}. The index names them."
+            f"{max_failed_share:g} allows: {reasons}. {storage.url}/index/*.parquet names them, in the columns key, "
+            "status, reason and detail."
         )

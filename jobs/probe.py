@@ -3,20 +3,21 @@
 In:   a plan's price and its first clips.
 Out:  lines: seconds per clip of decode and encode per bucket, hours in all, which of the two is the limit.
 Cost: loads the encoder; decodes and encodes two slices per bucket.
-Errors: those of the encoder; a bucket whose first clips cannot be decoded is said to be unknown.
+Errors: those of the encoder, UsageError for a --device that is not there; a bucket whose first clips cannot be decoded
+      is left out of the estimate, which says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 from jobs.flags import TrialFlags
-from jobs.prepare import decode_limits, open_encoder
+from jobs.prepare import open_encoder
 from jobs.progress import format_seconds
 from models.spec import VideoEncoder
 from pipeline.buckets import Bucket
@@ -50,24 +51,34 @@ def estimate(storage: Storage, recipe: Recipe, source: str, price: Price, flags:
     device = choose_device(flags.device)
     encoder = open_encoder(source, device, recipe.encode.compute_dtype)
     plan = load_plan(storage, recipe)
-    decode_total = encode_total = 0.0
-    with DecodeProcess(decode_limits(flags)) as process:
+    trials: dict[Bucket, Trial] = {}
+    with DecodeProcess(flags.decode_limits) as process:
         for bucket in plan.buckets:
             trial = _try_bucket(storage, plan, bucket, encoder, process, flags.encode_threads)
             if trial is None:
                 yield f"probe {bucket.name}: none of the first clips can be decoded; no estimate for this bucket"
                 continue
-            clips = price.buckets[bucket].clips
-            decode_total += clips * trial.decode_seconds
-            encode_total += clips * trial.encode_seconds
+            trials[bucket] = trial
             yield (
                 f"probe {bucket.name}: decode {trial.decode_seconds * 1e3:.1f} ms per clip and process, "
                 f"encode {trial.encode_seconds * 1e3:.1f} ms per clip on {device}"
             )
+    yield total_line({bucket: price.buckets[bucket].clips for bucket in plan.buckets}, trials, flags)
+
+
+def total_line(num_clips: Mapping[Bucket, int], trials: Mapping[Bucket, Trial], flags: TrialFlags) -> str:
+    """What the clips of the buckets that were tried take together, and which others that leaves out. Pure."""
+    if not trials:
+        return "estimate: none, since no clip was tried"
+    decode_total = sum(num_clips[bucket] * trial.decode_seconds for bucket, trial in trials.items())
+    encode_total = sum(num_clips[bucket] * trial.encode_seconds for bucket, trial in trials.items())
     decode_wall, encode_wall = decode_total / flags.decode_processes, encode_total / flags.workers
     limit = "encode" if encode_wall >= decode_wall else "decode"
-    yield (
-        f"estimate: {format_seconds(max(decode_wall, encode_wall))} with {flags.workers} encode workers and "
+    untried = [bucket for bucket in num_clips if bucket not in trials]
+    names = ", ".join(bucket.name for bucket in untried)
+    without = f", without {sum(num_clips[bucket] for bucket in untried)} clips of {names}" if untried else ""
+    return (
+        f"estimate: {format_seconds(max(decode_wall, encode_wall))}{without}, with {flags.workers} encode workers and "
         f"{flags.decode_processes} decode processes, {limit}-bound (encode {encode_total / 3600:.3f} worker hours, "
         f"decode {decode_total / 3600:.3f} core hours; each worker on a device of its own)"
     )

@@ -24,6 +24,7 @@ from jobs.flags import EngineFlags
 from jobs.start_times import StartTimes
 from pipeline.controller import Controller, Progress
 from pipeline.engine import Event, UnitDone, WorkerLost, WorkerReady
+from pipeline.errors import LatentmillError
 from pipeline.price import format_bytes
 from pipeline.storage import Storage
 from pipeline.store import library_versions
@@ -32,6 +33,7 @@ from pipeline.unit_job import UnitReport
 _PATIENCE_SECONDS = 60.0
 _IDLE_DECODERS = 0.6  # share of the decode processes that are at work, under which it is not cores that are short
 _BUSY_ENOUGH = 0.05  # an encoder that waits less than this share of its time is the limit itself
+_BUSY_DECODERS = 0.9  # share of the decode processes that are at work, over which they are a limit as well
 
 
 class Reporter:
@@ -46,8 +48,11 @@ class Reporter:
         clips_left: int,
         units_left: int,
         start_times: StartTimes,
+        *,
+        encoder_sleeps: bool = False,
     ) -> None:
         self._storage, self._flags, self._device, self._controller = storage, flags, device, controller
+        self._has_own_device = encoder_sleeps or device != "cpu"
         self._start_times = start_times
         self._clips_left, self._units_left = clips_left, units_left
         self._start = dt.datetime.now(dt.UTC)
@@ -100,11 +105,14 @@ class Reporter:
         )
         if self._first_unit is not None:
             _say(first_unit_line(self._start_times, self._first_unit))
-            for line in time_lines(progress):
+            for line in time_lines(progress, has_own_device=self._has_own_device):
                 _say(line)
             workers = min(self._flags.workers, self._units_left)
             _say(advice(progress, workers, self._decode_processes(workers, places)))
-        self._storage.put(self._name, json.dumps(self._log(outcome, seconds, places), indent=2).encode())
+        try:
+            self._storage.put(self._name, json.dumps(self._log(outcome, seconds, places), indent=2).encode())
+        except LatentmillError as error:  # it must not hide how the job ended
+            _say(f"no run log: {error}")
 
     def _decode_processes(self, workers: int, places: dict[str, Any]) -> int:
         """Those that had enough to do, were it not for the flags; 0 when nobody knows."""
@@ -144,8 +152,12 @@ def first_unit_line(start_times: StartTimes, report: UnitReport) -> str:
     )
 
 
-def time_lines(progress: Progress) -> tuple[str, str]:
-    """Where the time went: the encoders' span by what they did, and the seconds of every stage. Pure."""
+def time_lines(progress: Progress, *, has_own_device: bool) -> tuple[str, str]:
+    """Where the time went: the encoders' span by what they did, and the seconds of every stage. Pure.
+
+    has_own_device: whether a call takes as long as it would with nothing else running. On cores that decode as well it
+        takes longer, and nobody knows how long the bare encoder's would.
+    """
     busy, span = progress.busy_share, progress.span_seconds or 1.0
     stages = {
         "wait for bytes or a core": progress.read_seconds,
@@ -158,8 +170,9 @@ def time_lines(progress: Progress) -> tuple[str, str]:
         "wait for output": progress.blocked_seconds,
         "write and commit": progress.write_seconds,
     }
+    whole = "the bare encoder's speed" if has_own_device else "what it would reach on these cores if it never waited"
     shares = (
-        f"encoder busy {busy:.1%} of its span, {busy:.2f} of the bare encoder's speed: starved for input "
+        f"encoder busy {busy:.1%} of its span, so at {busy:.2f} of {whole}: starved for input "
         f"{progress.starved_seconds / span:.1%}, blocked on output {progress.blocked_seconds / span:.1%}, "
         f"copying {progress.copy_seconds / span:.1%}"
     )
@@ -174,8 +187,12 @@ def advice(progress: Progress, workers: int, processes: int = 0) -> str:
     if not progress.encode_seconds:
         return "nothing was encoded, so nothing is known of its speed; `latentmill status` says what failed"
     idle = 1 - progress.busy_share
+    at_work = workers * (progress.decode_seconds + progress.read_seconds) / progress.span_seconds
     if idle < _BUSY_ENOUGH:
-        return f"encode-bound: the encoders were busy {progress.busy_share:.0%} of the time; more of them would help"
+        busy = f"the encoders were busy {progress.busy_share:.0%} of the time"
+        if processes and at_work > _BUSY_DECODERS * processes:
+            return f"balanced: {busy}, and of {processes} decode processes {at_work:.1f}; more of both would help"
+        return f"encode-bound: {busy}; more of them would help"
     waited = f"the encoders waited {idle:.0%} of the time, most of it"
     most = max(progress.starved_seconds, progress.blocked_seconds, progress.copy_seconds)
     if most == progress.blocked_seconds:
@@ -186,7 +203,6 @@ def advice(progress: Progress, workers: int, processes: int = 0) -> str:
         return f"read-bound: {waited} for frames, while decoding waited for bytes, or for cores that others used"
     # What decoding costs, over what encoding alone would take, less the cores that it had.
     wanted, had = (progress.decode_seconds / seconds for seconds in (progress.encode_seconds, progress.span_seconds))
-    at_work = workers * (progress.decode_seconds + progress.read_seconds) / progress.span_seconds
     if at_work < _IDLE_DECODERS * processes:
         return (
             f"feed-bound: {waited} for frames, while of {processes} decode processes {at_work:.1f} were at work; a "

@@ -30,7 +30,7 @@ from pipeline.decode.backend import pieces_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
 from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, Window
-from pipeline.errors import DecodeError, JobError, LatentmillError, UnitError
+from pipeline.errors import DecodeError, JobError, LatentmillError, ShardError, UnitError
 from pipeline.index import index_shard, write_fragment
 from pipeline.shards import ShardRef
 from pipeline.storage import open_storage
@@ -193,22 +193,32 @@ class RayDecoders:
         return _RayStream(request, piece_frames, self._limits).pieces()
 
 
-def index_on_ray(store_url: str, shards: Sequence[ShardRef], limits: DecodeLimits) -> None:
-    """Index shards as tasks, a bounded number of them under way.
+def index_on_ray(
+    store_url: str, shards: Sequence[ShardRef], limits: DecodeLimits
+) -> Iterator[ShardError | UnitError | None]:
+    """Index shards as tasks, a bounded number of them under way; of each None, or why it could not be indexed.
 
     Raises:
-        JobError: a shard cannot be indexed.
+        JobError: what is no shard's fault.
     """
     waiting = list(reversed(shards))
-    pending: list[Any] = []
+    pending: dict[Any, ShardRef] = {}
     bound = 4 * max(1, int(cluster_resource("CPU")))
     while waiting or pending:
         while waiting and len(pending) < bound:
-            pending.append(_index_task.options(name="index").remote(waiting.pop(), store_url, limits))
-        done, pending = ray.wait(pending, num_returns=1)
-        try:
-            ray.get(done)
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, LatentmillError) else JobError(str(error)) from error
-        except RayError as error:
-            raise JobError(f"indexing was lost with its worker: {error}") from error
+            shard = waiting.pop()
+            pending[_index_task.options(name="index").remote(shard, store_url, limits)] = shard
+        (done,), _ = ray.wait(list(pending), num_returns=1)
+        yield _index_outcome(done, pending.pop(done))
+
+
+def _index_outcome(reference: Any, shard: ShardRef) -> ShardError | UnitError | None:
+    try:
+        ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, ShardError | UnitError):
+            return error.cause
+        raise error.cause if isinstance(error.cause, LatentmillError) else JobError(str(error)) from error
+    except RayError as error:
+        return UnitError(f"indexing {shard.url} was lost with its worker: {error}")
+    return None

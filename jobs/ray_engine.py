@@ -31,7 +31,7 @@ from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pool import ProcessPool
 from pipeline.decode_requests import Decoders
 from pipeline.engine import Event, UnitDone, UnitFailed, WorkerLost, WorkerReady
-from pipeline.errors import JobError, LatentmillError
+from pipeline.errors import JobError, LatentmillError, UnitError
 from pipeline.heap import HEAP_ENVIRONMENT
 from pipeline.plan import Unit, load_plan
 from pipeline.storage import open_storage
@@ -78,8 +78,8 @@ class EncodeActor:
         decoders = self._decoders()
         storage = open_storage(self._spec.store_url)
         plan = load_plan(storage, open_header(storage).recipe)
-        encoder = ready_encoder(self._spec.encoder_source, self._spec.device, plan)
         window_bytes = self._spec.window_mb << 20 or default_window_bytes(plan, self._spec.share.decode_processes or 0)
+        encoder = ready_encoder(self._spec.encoder_source, self._spec.device, plan, window_bytes)
         self._worker = EncodeWorker(encoder, decoders, storage, plan, window_bytes, _die, self._spec.encode_threads)
         gc.freeze()  # as jobs.encode does
         node = ray.get_runtime_context().get_node_id()
@@ -165,9 +165,12 @@ class RayEngine:
             value = ray.get(reference)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, LatentmillError) else None
-            if unit is None or cause is None:
-                raise cause or JobError(f"an encode worker failed: {error}") from error
-            return UnitFailed(worker, unit, cause)
+            if unit is not None and cause is not None:
+                return UnitFailed(worker, unit, cause)
+            if isinstance(cause, UnitError):  # while it was set up: another one may be luckier
+                ray.kill(self._actors.pop(worker))
+                return WorkerLost(worker, str(cause))
+            raise cause or JobError(f"an encode worker failed: {error}") from error
         except (RayActorError, OutOfMemoryError) as error:
             return self._lose(worker, error)
         except RayError as error:

@@ -19,6 +19,7 @@ from jobs.flags import (
     LimitFlags,
     RecipeFlags,
     Shards,
+    StoredLatentFlags,
     StoreFlags,
     TrialFlags,
 )
@@ -54,7 +55,7 @@ class Encode(StoreFlags):
     """Encode tars into a store of latents: index, plan, encode. Run it again to go on; what is committed stays."""
 
     shards: Shards = ()
-    """Tars: paths, globs, {000..012} braces, @lists. None: go on with the store's plan."""
+    """Tars: paths, globs, {000..012} braces, @lists. None: all that are indexed in the store."""
     recipe: RecipeFlags = RecipeFlags()
     limits: LimitFlags = LimitFlags()
     engine: EngineFlags = EngineFlags()
@@ -69,11 +70,9 @@ class Status(StoreFlags):
 
 
 @dataclasses.dataclass(frozen=True)
-class Verify(StoreFlags):
+class Verify(StoredLatentFlags):
     """Check every row's checksum, the ledger against plan and arrays, and a share of the clips against their source."""
 
-    encoder: str | None = None
-    """Where the encoder lies now; default: where it lay when the store was made."""
     share: float = 0.02
     """Share of the clips to decode back and compare with their source (at least one per bucket; 0 for none)."""
     min_psnr: float = 0.0
@@ -88,15 +87,14 @@ class Verify(StoreFlags):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruct(StoreFlags):
+class Reconstruct(StoredLatentFlags):
     """Decode stored clips and write source | reconstruction | error as a video and a film strip each."""
 
     keys: Keys = ()
-    """Keys of the samples, as `status` and the ledger write them; SHARD.tar:KEY where several shards have the key."""
+    """Keys of the samples: column `key` of STORE/samples/*.parquet, or of STORE/ledger/*/*.parquet until the store is
+    complete; SHARD.tar:KEY where several shards have the key."""
     output: Path = Path("reconstructions")
     """Directory for <key>.mp4 and <key>.png."""
     window: int = 0
     """Which of the sample's clips; 0 is the first."""
-    encoder: str | None = None
-    """Where the encoder lies now; default: where it lay when the store was made."""
     engine: DecodeFlags = DecodeFlags()

@@ -2,7 +2,7 @@
 
 In:   a directory and a seed.
 Out:  WebDataset tars in it.
-Cost: about a sixth of a second per sample on one core.
+Cost: that of pipeline.synthetic.
 Errors: UsageError when the directory cannot be written.
 """
 

@@ -21,6 +21,8 @@ from models.model_directory import CONFIG_FILE, WEIGHTS_FILE
 from models.native import describe_native, load_native
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from models.spec import EncoderCard, VideoEncoder
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -32,8 +34,8 @@ DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 def resolve_source(source: str, subfolder: str | None = None) -> Path:
     """The local directory of an encoder, downloading its config and weights from the hub when it is not local.
 
-    `subfolder` names the encoder's folder inside the source. By default a local directory is taken as it is when it
-    has a config.json, else its `vae` folder; of a hub repository the `vae` folder is taken ("" for its root).
+    `subfolder` names the encoder's folder inside the source ("" for its root). By default a local directory is taken as
+    it is when it has a config.json, else its `vae` folder; a hub repository by its `vae` folder, else by its root.
 
     Raises:
         EncoderSourceError: no such directory, no encoder in it, or the hub does not give it.
@@ -47,7 +49,7 @@ def resolve_source(source: str, subfolder: str | None = None) -> Path:
         raise EncoderSourceError(f"{source}: no {CONFIG_FILE} in {' or '.join(str(path) for path in candidates)}")
     if not HUB_ID.fullmatch(source):
         raise EncoderSourceError(f"{source}: no such directory, and not a hub id of the form owner/name")
-    return _download(source, HUB_SUBFOLDER if subfolder is None else subfolder)
+    return _download(source, (HUB_SUBFOLDER, "") if subfolder is None else (subfolder,))
 
 
 def describe(source: str, subfolder: str | None = None) -> EncoderCard:
@@ -103,21 +105,51 @@ def _class_name(directory: Path) -> tuple[str, dict[str, object]]:
     return config["_class_name"], config
 
 
-def _download(repository: str, subfolder: str) -> Path:
+def _download(repository: str, subfolders: Sequence[str]) -> Path:
+    """The first of these folders of a hub repository that holds a config.json, with the weights beside it."""
+    for subfolder in subfolders:
+        if not subfolder and not _is_encoder(_fetch(repository, "", [CONFIG_FILE])):
+            continue
+        directory = _fetch(repository, subfolder, [CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_WEIGHTS_FILE])
+        if (directory / CONFIG_FILE).is_file():
+            return directory
+    missing = " and no ".join(_path_in(subfolder, CONFIG_FILE) for subfolder in subfolders)
+    raise EncoderSourceError(
+        f"{repository}: has no {missing}: download the folder in which its encoder lies, and name that directory"
+    )
+
+
+def _is_encoder(root: Path) -> bool:
+    """Asked before the weights come: a repository's root may hold any model, of many gigabytes.
+
+    Raises:
+        EncoderSourceError: it does.
+    """
+    if not (root / CONFIG_FILE).is_file():
+        return False
+    if not is_checkpoint(root):
+        from models.pretrained.directory import find_rule
+
+        find_rule(root, _class_name(root)[0])
+    return True
+
+
+def _path_in(subfolder: str, name: str) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
+
+
+def _fetch(repository: str, subfolder: str, names: Sequence[str]) -> Path:
+    """A folder of a hub repository's snapshot, with those of the files that the repository has."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise EncoderSourceError(
             f"{repository}: is no local directory, and the hub needs: {INSTALL_DIFFUSERS}"
         ) from error
-    prefix = f"{subfolder}/" if subfolder else ""
-    files = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_WEIGHTS_FILE)]
+    files = [_path_in(subfolder, name) for name in names]
     try:
-        snapshot = Path(snapshot_download(repository, allow_patterns=files))
+        return Path(snapshot_download(repository, allow_patterns=files)) / subfolder
     except (OSError, ValueError) as error:
         raise EncoderSourceError(
             f"{repository}: no such directory here, and the hub did not give it: {error}"
         ) from error
-    if not (snapshot / subfolder / CONFIG_FILE).is_file():
-        raise EncoderSourceError(f"{repository}: has no {prefix}{CONFIG_FILE}; name the encoder's folder")
-    return snapshot / subfolder

@@ -2,7 +2,7 @@
 
 In:   the plan and the ledger.
 Out:  Account; on `close_books`, the dataset `samples/` and the per-channel statistics in the header.
-Cost: one pass over the ledger's fragments, one in memory at a time; closing takes two more, opening one put.
+Cost: one pass over the ledger's fragments, those read ahead (16) in memory; closing takes one more, opening one put.
 Errors: StoreError when the books do not balance or a fragment is damaged.
 """
 

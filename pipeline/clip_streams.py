@@ -97,7 +97,7 @@ class ClipStreams:
         try:
             return next(decoded)
         except DecodeError as error:
-            return error
+            return error.with_traceback(None)  # whose frames hold the job, which keeps the error
         except BaseException:
             self._window.release(num_bytes)
             raise

@@ -27,7 +27,7 @@ from models.spec import Posterior, VideoEncoder
 from pipeline.commit import RowFacts, RowResult
 from pipeline.decode.frame_memory import FrameMemory
 from pipeline.decode.records import DecodedClip, DecodeOutcome
-from pipeline.encoder_call import encode_frames, push_frames
+from pipeline.encoder_call import encode_frames, flush_frames, push_frames
 from pipeline.errors import SampleError
 from pipeline.placement import Clip
 from pipeline.recipe import Recipe, StoreDtype
@@ -178,7 +178,7 @@ class StreamedClip:
         for start in range(0, missing, _PADDING_FRAMES):
             self._encode(np.repeat(piece.frames[-1:], min(_PADDING_FRAMES, missing - start), axis=0))
         with self._timer.running():
-            posterior = self._stream.flush()
+            posterior = flush_frames(self._stream, self._clip.bucket)
         self._store(posterior)
         if self._latent_frames != self._row.shape[1]:
             raise RuntimeError(f"the encoder made {self._latent_frames} latent frames, the plan says {self._row.shape}")

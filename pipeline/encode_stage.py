@@ -2,7 +2,8 @@
 
 In:   Slice and Piece, from one queue.
 Out:  Encoded for every slice, and a job whose last piece is encoded.
-Cost: encoder calls, as many at a time as there are callers.
+Cost: encoder calls, as many at a time as there are callers; the encoder's state of each long clip under way, until the
+      clip ends or its unit fails.
 Errors: the encoder's own.
 
 On a CPU two calls at a time, on half of the threads each, use what one call leaves idle wherever a layer cannot share
@@ -24,7 +25,7 @@ from pipeline.byte_window import ByteWindow
 from pipeline.commit import RowResult
 from pipeline.decode.records import DecodedClip
 from pipeline.encode import Batch, EncoderTimer, StreamedClip, encode_batch
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, LatentmillError
 from pipeline.feed import Piece
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe
@@ -91,8 +92,13 @@ class Caller:
             torch.get_num_threads()  # or another thread's setting, made before the first call here, would count
         self._count_wait(item.job)
         try:
-            if not item.job.future.done():
+            if item.job.future.done():
+                item.job.streams.clear()
+            else:
                 self._hand_on(self._encode_piece(item) if isinstance(item, Piece) else self._encode_slice(item))
+        except LatentmillError:
+            item.job.streams.clear()  # Before the unit has failed: its retry comes at once and needs their memory.
+            raise
         finally:
             self._window.release(item.num_bytes)
             self._free_since = time.perf_counter()

@@ -62,7 +62,7 @@ class DrawConfig:
     shuffle_shards: int = 16
     """Shards whose samples are shuffled together; memory grows with it."""
     seed: int = 0
-    """Of order, lengths and windows."""
+    """Of the clips' order, lengths and windows, and of the first weights."""
 
     def __post_init__(self) -> None:
         if not self.frames or min(self.frames) < 1 or len(set(self.frames)) < len(self.frames):

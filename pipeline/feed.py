@@ -4,7 +4,9 @@ In:   UnitJobs; the plan and its index; decoders.
 Out:  in row order, the messages under way of units of short clips (Decoding), or the pieces of long clips by turns
       (Piece).
 Cost: decoded frames within `window`, or what one slice and one message need where that is more; one shard's placement.
-Errors: ShardError for a shard that changed. Whatever breaks decoding comes with its outcome.
+Errors: ShardError for a shard that changed or is gone, UnitError when nobody can tell at the moment, or an object store
+        does not give its index; StoreError for an index fragment that is damaged, missing, or cannot be read from a
+        file system. Whatever breaks decoding comes with its outcome.
 """
 
 from __future__ import annotations

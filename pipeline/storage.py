@@ -5,7 +5,8 @@ Out:  file-like ranges; a Storage whose `put_if_absent` is the one atomic commit
 Cost: a local commit is write, fsync, link, fsync of the directory; a remote one is a single conditional put. A remote
       range costs a request when it is opened, and few more where it is larger (pipeline.block_cache).
 Errors: UsageError for a url of another kind; ShardError for an input that is not there, UnitError when it cannot be
-      opened now, OSError when reading it breaks off; StoreError when an output cannot be read or written.
+      opened now, OSError when reading it breaks off; of an output that cannot be read or written, StoreError on a file
+      system and UnitError in an object store, FileNotFoundError for what is not there to be read.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _input_errors(url: str) -> Iterator[None]:
 class Storage(Protocol):
     """The objects below one prefix. Names are relative, with `/` between parts; every object is written whole.
 
-    Every method raises StoreError when the place cannot be read or written.
+    Every method raises StoreError when a file system cannot be read or written, UnitError when an object store cannot.
     """
 
     @property

@@ -3,7 +3,7 @@
 In:   a unit; what the worker's threads make of its clips.
 Out:  Future[UnitReport].
 Cost: the unit's rows, and the frames that are decoded and not yet in a batch.
-Errors: none; `settle` puts them into the future.
+Errors: none; `settle` puts them into the future, without their tracebacks.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class UnitJob:
             if isinstance(outcome, UnitReport):
                 self.future.set_result(outcome)
             else:
-                self.future.set_exception(outcome)
+                self.future.set_exception(_without_frames(outcome))
 
     def report(self, committed: CommitReport) -> UnitReport:
         """The whole of it."""
@@ -118,3 +118,16 @@ class UnitJob:
             won=committed.won,
             **self._seconds,
         )
+
+
+def _without_frames(error: LatentmillError) -> LatentmillError:
+    """The error, its causes and theirs, without tracebacks.
+
+    Their frames hold the job, which holds the future and so the error: the job, with its rows and what an encoder
+    keeps of its long clips, would stay until a full garbage collection.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+    return error

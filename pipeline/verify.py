@@ -3,7 +3,8 @@
 In:   a store; for the comparison also its encoder and decoders.
 Out:  problems as sentences (none: the store is sound), and Comparisons.
 Cost: one read of every latent; decoding and reconstructing the share.
-Errors: none for what is wrong with the store, that is the output; StoreError when its plan cannot be read at all.
+Errors: none for what is wrong with the store, that is the output; StoreError when its plan cannot be read at all;
+      JobError when the GPU has no memory to decode a latent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipeline import ledger
 from pipeline.decode.records import DecodedClip
 from pipeline.decode_requests import Decoders, require_unchanged, to_requests
 from pipeline.encode import to_batch
-from pipeline.errors import SampleError, ShardError, StoreError, UnitError
+from pipeline.errors import JobError, SampleError, ShardError, StoreError, UnitError
 from pipeline.index import read_fragment
 from pipeline.ledger import WRITTEN
 from pipeline.placement import Clip, PlacedShard
@@ -134,7 +135,12 @@ def check_unit(storage: Storage, plan: Plan, unit: Unit) -> Iterator[str]:
     if fragment.plan != plan.generation_of(unit).fingerprint:
         yield f"{name} fulfils another plan than the store's"
         return
-    if [_planned(clip) for clip in unit_clips(storage, plan, unit)] != [_recorded(line) for line in lines]:
+    try:
+        planned = [_planned(clip) for clip in unit_clips(storage, plan, unit)]
+    except StoreError as error:
+        yield f"{name} cannot be compared with the plan: {error}"
+        return
+    if planned != [_recorded(line) for line in lines]:
         yield f"{name} does not list the clips that the plan gives to {unit.name}"
         return
     yield from _check_rows(storage, plan, unit, lines)
@@ -256,8 +262,21 @@ def _frames(
     clip: Clip, outcome: DecodedClip, row: np.ndarray, recipe: Recipe, encoder: VideoEncoder
 ) -> tuple[np.ndarray, np.ndarray]:
     latent = to_float32(row, recipe.encode.dtype)[: recipe.encoder.geometry.channels]
-    with torch.inference_mode():
-        reconstruction = encoder.decode(torch.from_numpy(np.ascontiguousarray(latent))[None])[0].numpy()
+    reconstruction = decode_latent(encoder, torch.from_numpy(np.ascontiguousarray(latent)))
     source = to_batch([clip], [outcome], 1)[0]
     valid = clip.window.num_frames
     return source[:valid], reconstruction[:valid]
+
+
+def decode_latent(encoder: VideoEncoder, latent: torch.Tensor) -> np.ndarray:
+    """The frames T H W 3 of one clip's latent, C t h w.
+
+    Raises:
+        JobError: the GPU has no memory for them.
+    """
+    try:
+        with torch.inference_mode():
+            return encoder.decode(latent[None])[0].numpy()
+    except torch.OutOfMemoryError as error:
+        shape, told = "x".join(map(str, latent.shape)), str(error).splitlines()[0]
+        raise JobError(f"the GPU has no memory to decode a latent of {shape}: use --device cpu ({told})") from error

@@ -113,7 +113,8 @@ def test_what_a_plan_needs_of_models_is_light() -> None:
 def test_a_local_run_imports_no_ray(tmp_path: Path) -> None:
     """All the modules that `--local` commands run, and one such run, without Ray in the process."""
     program = f"""
-import jobs.encode, jobs.inspect_store, jobs.prepare, jobs.probe, jobs.synthesize, jobs.train.command, pipeline.local
+import jobs.encode, jobs.index, jobs.inspect_store, jobs.prepare, jobs.probe, jobs.synthesize, jobs.train.command
+import pipeline.local
 from jobs.__main__ import main
 assert main(["synthesize", "--output", {str(tmp_path / "in")!r}, "--num-shards", "1", "--samples-per-shard", "2"]) == 0
 tars = {str(tmp_path / "in" / "*.tar")!r}

@@ -33,14 +33,14 @@ from jobs.bench.train_child import LOADERS, Measurement, StepName, count_product
 from jobs.bench.train_report import to_markdown
 from jobs.bench.videos import texture_video
 from jobs.flags import ClusterFlags
-from jobs.prepare import index_shards
+from jobs.index import index_shards
 from pipeline.epoch import Draw
 from pipeline.errors import LatentmillError, UsageError
 from pipeline.storage import LocalStorage
 
 Json = dict[str, Any]
 STEPS: tuple[StepName, ...] = ("none", "sleeping", "busy")
-_WARM_UP = 8  # more batches than any of the loaders holds ready
+_LEAST_WARM_UP = 8  # batches; ours holds four ready
 _SHARDS_PER_WORKER = 2
 
 
@@ -82,7 +82,7 @@ def _prepare(command: BenchTrain, scratch: Path) -> Measurement:
         workers=command.decode_workers,
         threads=command.threads,
         steps=command.steps,
-        warm_up=_WARM_UP,
+        warm_up=max(_LEAST_WARM_UP, 3 * command.decode_workers),  # a DataLoader holds two ready for each worker
         step_seconds=command.step_seconds,
         products=count_products(command.step_seconds, command.threads),
     )

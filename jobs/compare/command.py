@@ -25,7 +25,6 @@ from jobs.compare.config import Compare
 from jobs.compare.report import Compared, write_comparison
 from jobs.evaluate.clips import IndexedShards
 from jobs.evaluate.command import evaluate_encoder
-from jobs.prepare import decode_limits
 from jobs.train.checkpoints import read_finished
 from models.checkpoint import read_document
 from pipeline.decode.pool import ProcessPool
@@ -143,7 +142,7 @@ def _judge(
 ) -> list[Compared]:
     """Every recipe with its evaluation, or with why there is none."""
     results = []
-    with ProcessPool(command.engine.decode_processes, decode_limits(command.engine)) as pool:
+    with ProcessPool(command.engine.decode_processes, command.engine.decode_limits) as pool:
         for home in homes:
             if home.name in failures:
                 results.append(Compared(home.name, failures[home.name]))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from jobs.flags import ClusterFlags, DecodeFlags
-from jobs.prepare import index_shards
+from jobs.index import index_shards
 from pipeline.decode.records import DecodedClip
 from pipeline.decode_requests import Decoders, PendingDecode, to_requests
 from pipeline.encode import to_batch

@@ -21,7 +21,7 @@ from jobs.evaluate.config import Evaluate, EvaluateSettings
 from jobs.evaluate.judge import Fitted, Judge
 from jobs.evaluate.report import write_report
 from jobs.flags import RecipeFlags
-from jobs.prepare import decode_limits, describe_encoder, make_recipe
+from jobs.prepare import describe_encoder, make_recipe
 from pipeline.decode.pool import ProcessPool
 from pipeline.decode_requests import Decoders
 from pipeline.errors import UsageError
@@ -44,7 +44,7 @@ def run_evaluate(command: Evaluate) -> int:
         make_recipe(flags, describe_encoder(flags)[0])
     torch.set_num_threads(command.threads)
     decode = command.engine
-    with tempfile.TemporaryDirectory() as scratch, ProcessPool(decode.decode_processes, decode_limits(decode)) as pool:
+    with tempfile.TemporaryDirectory() as scratch, ProcessPool(decode.decode_processes, decode.decode_limits) as pool:
         storage = LocalStorage(scratch)
         held_out = IndexedShards.index(storage, command.shards, decode)
         baseline = IndexedShards.index(storage, command.baseline_shards, decode) if command.baseline_shards else None

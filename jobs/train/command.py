@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.prepare import decode_limits, index_shards
+from jobs.index import index_shards
 from jobs.train.checkpoints import Checkpoints, read_finished, require_same_flags
 from jobs.train.config import Train
 from pipeline.curriculum import Stage, parse_stages
@@ -177,12 +177,12 @@ def _log_directory(command: Train) -> Path:
 
 
 def _device(command: Train) -> str:
+    from jobs.encode import choose_device
+
+    if command.engine.local:
+        return choose_device(command.engine.device)
     if command.engine.device != "auto":
         return command.engine.device
-    if command.engine.local:
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
     from jobs.ray_cluster import cluster_resource, connect
 
     connect(command.engine)
@@ -205,7 +205,7 @@ def _run(job: TrainJob) -> None:
     from pipeline.decode.pool import ProcessPool
 
     torch.set_num_threads(engine.threads)
-    with ProcessPool(engine.decode_processes, decode_limits(engine)) as pool:
+    with ProcessPool(engine.decode_processes, engine.decode_limits) as pool:
         try:
             train_rank(job, pool)
         except ValueError as error:

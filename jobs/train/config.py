@@ -35,7 +35,8 @@ class ModelFlags:
     kind: str = "vae"
     """One of ae, denoising_ae, sparse_ae, contractive_ae, vae, vq_vae, vq_vae_2, vq_gan, rvq, fsq, lfq or dvae."""
     preset: str = "tiny-4x8x8x16"
-    """Size and compression of the model."""
+    """Size and compression of the model: one of tiny-4x8x8x16, tiny-8x32x32x128, base-4x8x8x16, base-4x16x16x48,
+    base-8x32x32x128 or image-1x8x8x16."""
     kind_options: tuple[str, ...] = ()
     """Settings of the kind as name=value, in records as record.name=value: weights.l2=1 bottleneck.codebook_size=512.
     Lists and texts are JSON: bottleneck.levels=[8,5,5]; bottleneck.name=kl takes another one where the kind can."""

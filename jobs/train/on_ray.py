@@ -32,7 +32,6 @@ import ray.train.torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.prepare import decode_limits
 from jobs.ray_cluster import cluster_nodes, cluster_resource, node_share
 from jobs.ray_decode import RayDecoders
 from jobs.train.loop import TrainJob
@@ -127,7 +126,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     if storage.exists(_STOPPED):
         return
     try:
-        with open_decoders(config["decode_processes"], decode_limits(engine)) as decoders:
+        with open_decoders(config["decode_processes"], engine.decode_limits) as decoders:
             train_rank(job, decoders, lambda step, losses: _report(job, step, losses))
     except (JobError, ValueError) as error:
         storage.put(_STOPPED, str(error).encode())

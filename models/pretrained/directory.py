@@ -51,7 +51,7 @@ RULES: Mapping[str, EncoderRule] = MappingProxyType(
 
 def describe_diffusers(directory: Path, class_name: str, config: Config) -> EncoderCard:
     """The card of a saved autoencoder; hashes its weights, builds nothing."""
-    rule = _rule(directory, class_name)
+    rule = find_rule(directory, class_name)
     weights = directory / WEIGHTS_FILE
     try:
         geometry = rule.geometry(config)
@@ -130,7 +130,12 @@ class _Probe:
             )
 
 
-def _rule(directory: Path, class_name: str) -> EncoderRule:
+def find_rule(directory: Path, class_name: str) -> EncoderRule:
+    """How a class is encoded with.
+
+    Raises:
+        EncoderSourceError: we do not know; the message lists those that we do.
+    """
     if class_name not in RULES:
         raise EncoderSourceError(
             f"{directory}: {class_name} is not supported; supported are {', '.join(sorted(RULES))}, "

@@ -188,19 +188,28 @@ def test_kill_9_of_a_local_driver_at_any_moment(
     assert contents(store) == contents(reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    [
+        (["--local"], signal.SIGINT),
+        (["--local"], signal.SIGTERM),
+        pytest.param(["--workers", "1"], signal.SIGTERM, marks=pytest.mark.ray),
+    ],
+    ids=str,
+)
 def test_a_signal_stops_cleanly_and_the_same_command_goes_on(
-    reference: Path, shards: list[str], vae_directory: Path, tmp_path: Path, number: signal.Signals
+    reference: Path, shards: list[str], vae_directory: Path, tmp_path: Path, engine: list[str], number: signal.Signals
 ) -> None:
+    """Of an indexed store, so that it is the encoding that starts Ray, which takes SIGTERM for itself."""
     store, log = tmp_path / "store", tmp_path / "log"
-    args = encode_args(shards, store, vae_directory, "--local")
-    driver = Driver(args, log)
+    assert main(["index", *shards, "--store", str(store), "--local"]) == 0
+    driver = Driver(encode_args(shards, store, vae_directory, *engine), log)
     assert wait_for(lambda: committed(store) >= 1), log.read_text()
     os.kill(driver.process.pid, number)
     assert driver.wait(30) == 128 + number, log.read_text()
     assert "the same command goes on" in log.read_text()
     assert committed(store) < committed(reference)
-    assert main(args) == 0
+    assert main(encode_args(shards, store, vae_directory, "--local")) == 0
     assert contents(store) == contents(reference)
 
 

@@ -49,12 +49,12 @@ FLAGS = {
     "plan": {"config", "store", "probe", "no-probe", "max-failed-share"} | RECIPE | TRIAL,
     "encode": {"config", "store", "max-failed-share"} | RECIPE | ENGINE,
     "status": {"config", "store", "failures"},
-    "verify": {"config", "store", "encoder", "share", "min-psnr", "worst"} | DECODE,
-    "reconstruct": {"config", "store", "output", "window", "encoder"} | DECODE,
+    "verify": {"config", "store", "encoder", "device", "share", "min-psnr", "worst"} | DECODE,
+    "reconstruct": {"config", "store", "output", "window", "encoder", "device"} | DECODE,
     "sample": {
         "config", "encoder", "output", "prior", "num", "frames", "size", "temperature", "top-k", "fps", "seed",
     },
-    "interpolate": {"config", "store", "output", "steps", "path", "window", "encoder"},
+    "interpolate": {"config", "store", "output", "steps", "path", "window", "encoder", "device"},
     "train prior": {
         "config", "store", "output", "encoder", "seconds", "steps", "batch-size", "width", "depth", "heads",
         "learning-rate", "seed", "threads",

@@ -106,13 +106,49 @@ def test_the_device_is_told_and_logged(
     assert [log["device"] for log in run_logs(tmp_path / "store")] == ["cpu"]
 
 
+def test_cuda_where_there_is_none_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_encode(shard(tmp_path, a=numbered_video(30)), tmp_path / "store", "--device", "cuda") == 2
+    assert "UsageError: --device cuda: torch finds no CUDA device here; use --device cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    ("flag", "gpus", "device"), [("auto", 0, "cpu"), ("auto", 8, "cuda"), ("cuda", 0, "cuda"), ("cpu", 8, "cpu")]
+    ("name", "is_there", "device"),
+    [("auto", False, "cpu"), ("auto", True, "cuda"), ("cuda", True, "cuda"), ("cpu", True, "cpu")],
 )
-def test_the_cluster_says_what_auto_means(monkeypatch: pytest.MonkeyPatch, flag: Any, gpus: int, device: str) -> None:
+def test_the_device_of_this_machine(monkeypatch: pytest.MonkeyPatch, name: str, is_there: bool, device: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: is_there)
+    assert encode.choose_device(name) == device
+
+
+@pytest.fixture
+def cluster_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What the cluster has, which no test needs to start."""
+    resources = {"GPU": 0.0}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray_cluster, "connect", lambda flags: None)
-    monkeypatch.setattr(ray_cluster, "cluster_resource", lambda name: {"GPU": float(gpus)}[name])
+    monkeypatch.setattr(ray_cluster, "cluster_resource", lambda name: resources[name])
+    return resources
+
+
+@pytest.mark.parametrize(
+    ("flag", "gpus", "device"), [("auto", 0, "cpu"), ("auto", 8, "cuda"), ("cuda", 8, "cuda"), ("cpu", 8, "cpu")]
+)
+def test_the_cluster_says_what_auto_means(cluster_gpus: dict[str, float], flag: Any, gpus: int, device: str) -> None:
+    cluster_gpus["GPU"] = float(gpus)
     assert encode._cluster_device(EngineFlags(device=flag)) == device
+
+
+def test_a_gpu_may_still_come_to_a_cluster_that_is_joined_but_not_to_this_machine(
+    cluster_gpus: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(JobError, match=r"--device cuda: Ray finds no GPU on this machine; .*--ray-address"):
+        encode._cluster_device(EngineFlags(device="cuda"))
+    assert encode._cluster_device(EngineFlags(device="cuda", ray_address="head:6379")) == "cuda"
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert encode._cluster_device(EngineFlags(device="cuda")) == "cuda"
 
 
 def test_workers_beyond_the_units_get_no_share_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

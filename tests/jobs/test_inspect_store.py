@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from jobs import inspect_store
 from jobs.__main__ import main
+from jobs.prepare import open_encoder
 from models.autoencoder import CausalAutoencoder
 from models.checkpoint import save_checkpoint
 from models.config import ModelConfig, preset
-from models.spec import Normaliser
+from models.spec import Normaliser, VideoEncoder
 from pipeline.plan import Plan, load_plan
 from pipeline.storage import Storage, open_storage
 from pipeline.store import open_array, open_header, read_unit
@@ -132,6 +135,50 @@ class TestVerify:
             assert "is not a store yet" in capsys.readouterr().err
 
 
+class TestDevice:
+    """Where the commands that decode a store's latents run its encoder."""
+
+    COMMANDS = ("verify", "reconstruct own", "interpolate own b.tar:same")
+
+    @pytest.fixture(autouse=True)
+    def in_a_folder_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    @pytest.mark.parametrize(
+        ("flag", "has_gpu", "device"),
+        [("auto", False, "cpu"), ("auto", True, "cuda"), ("cuda", True, "cuda"), ("cpu", True, "cpu")],
+    )
+    def test_is_what_encode_would_take(
+        self,
+        store: str,
+        command: str,
+        flag: str,
+        has_gpu: bool,
+        device: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        opened: list[str] = []
+
+        def open_here(source: str, device: str, compute_dtype: str) -> VideoEncoder:
+            opened.append(device)
+            return open_encoder(source, "cpu", compute_dtype)
+
+        monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+        monkeypatch.setattr(inspect_store, "open_encoder", open_here)
+        flags = [] if flag == "auto" else ["--device", flag]
+        assert main([*command.split(), "--store", store, *flags]) == 0
+        assert opened == [device]
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_cuda_where_there_is_none(
+        self, store: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert main([*command.split(), "--store", store, "--device", "cuda"]) == 2
+        assert "--device cuda: torch finds no CUDA device here" in capsys.readouterr().err
+
+
 class TestReconstruct:
     def test_several_keys(self, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         output = ["--output", str(tmp_path / "out")]
@@ -177,7 +224,12 @@ class TestReconstruct:
 
     def test_without_a_key(self, store: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["reconstruct", "--store", store]) == 2
-        assert "needs KEYs" in capsys.readouterr().err
+        assert f"needs KEYs: column `key` of {store}/samples/*.parquet" in capsys.readouterr().err
+
+    def test_keys_are_where_the_message_says(self, store: str) -> None:
+        for pattern in ("samples/*.parquet", "ledger/*/*.parquet"):
+            tables = [pq.read_table(path, columns=["key"]) for path in Path(store).glob(pattern)]
+            assert "own" in {key for table in tables for key in table["key"].to_pylist()}
 
 
 @pytest.fixture(scope="module")

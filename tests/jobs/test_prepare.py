@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import prepare
 from jobs.__main__ import main
 from pipeline.buckets import Bucket
+from pipeline.errors import MismatchError
 from pipeline.index import list_fragments
 from pipeline.ledger import unit_name
 from pipeline.plan import Unit, load_plan
@@ -23,6 +26,7 @@ from tests.fakes import FAKE_CARD, FakeEncoder, planned_store, sample_members, w
 
 RECIPE = ["--encoder", "fake", "--frames", "9", "--sizes", "32x32", "--batch-size", "2", "--unit-rows", "2"]
 Run = Callable[..., int]
+_NAMED = ["key", "status", "reason", "detail"]
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +216,10 @@ class TestPlan:
         assert run("plan", *RECIPE) == 1
         err = capsys.readouterr().err
         assert "FailureLimitError: 3 of 5 samples cannot be read, more than --max-failed-share 0.2" in err
-        assert "not_media 3" in err
+        assert f"not_media 3. {storage.url}/index/*.parquet names them, in the columns key, status, reason and" in err
+        named = [pq.read_table(path, columns=_NAMED).to_pylist() for path in Path(storage.url).glob("index/*.parquet")]
+        failed = {row["key"]: row["reason"] for rows in named for row in rows if row["status"] == "failed"}
+        assert failed == dict.fromkeys(("bad0", "bad1", "bad2"), "not_media")
         assert storage.list("") == storage.list("index/")
         assert run("plan", *RECIPE, "--max-failed-share", "0.6") == 0
         assert len(storage.list("ledger/unplaced/")) == 1
@@ -245,9 +252,20 @@ def test_an_encoder_on_a_gpu_is_warmed_up_before_there_is_work(
     encoder, opened = FakeEncoder(), list[tuple[str, str, str]]()
     monkeypatch.setattr(prepare, "open_encoder", lambda *arguments: opened.append(arguments) or encoder)
     _, plan = planned_store(tmp_path)
-    assert prepare.ready_encoder("m", device, plan) is encoder
+    assert prepare.ready_encoder("m", device, plan, 1 << 20) is encoder
     assert opened == [("m", device, "float32")]
     assert encoder.batches == calls
+
+
+def test_another_encoder_than_the_plans_is_refused_where_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory was written to since, or a node has another copy."""
+    _, plan = planned_store(tmp_path)
+    monkeypatch.setattr(FakeEncoder, "card", dataclasses.replace(FAKE_CARD, fingerprint="e" * 64))
+    monkeypatch.setattr(prepare, "open_encoder", lambda *_: FakeEncoder())
+    with pytest.raises(MismatchError, match=f"the encoder m on .* its fingerprint is {'e' * 64}, the recipe has"):
+        prepare.ready_encoder("m", "cpu", plan, 1 << 20)
 
 
 @pytest.mark.parametrize(("flags", "window_mb"), [((), 512), (("--window-mb", "7"), 7)])

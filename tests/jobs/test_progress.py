@@ -18,6 +18,7 @@ from jobs.progress import Reporter, advice, format_seconds, time_lines
 from jobs.start_times import StartTimes, process_seconds
 from pipeline.controller import Controller, Policy, Progress
 from pipeline.engine import UnitDone, WorkerLost, WorkerReady
+from pipeline.errors import UnitError
 from pipeline.storage import LocalStorage
 from tests.fakes import write_numbered_shards
 from tests.pipeline.test_controller import report, units
@@ -55,16 +56,28 @@ def test_advice_to_feed_decoders_that_are_idle(at_work: int, told: str) -> None:
         assert "of 12 decode processes 7.0 were at work; a larger --window-mb or --units-in-flight" in line
 
 
+@pytest.mark.parametrize(("at_work", "told"), [(3.7, "balanced"), (3.5, "encode-bound")])  # of 4
+def test_advice_where_decoding_and_encoding_are_both_at_their_limit(at_work: float, told: str) -> None:
+    seconds = {"encode": 98.0, "starved": 2.0, "decode": 45 * at_work, "read": 5 * at_work}
+    progress = Progress(units=1, **{f"{stage}_seconds": value for stage, value in seconds.items()})  # type: ignore[arg-type]
+    line = advice(progress, workers=2, processes=4)
+    assert line.startswith(f"{told}: the encoders were busy 98% of the time")
+    if told == "balanced":
+        assert line.endswith("and of 4 decode processes 3.7; more of both would help")
+    assert advice(progress, workers=2).startswith("encode-bound")
+
+
 def test_shares_are_of_the_encoders_span() -> None:
     progress = Progress(
         encode_seconds=60.0, starved_seconds=20.0, blocked_seconds=15.0, copy_seconds=5.0, write_seconds=33.0,
         decode_seconds=44.0, read_seconds=11.0, start_seconds=9.0, batch_seconds=7.0, rows_seconds=8.0,
     )  # fmt: skip
-    shares, stages = time_lines(progress)
-    assert shares == (
-        "encoder busy 60.0% of its span, 0.60 of the bare encoder's speed: "
-        "starved for input 20.0%, blocked on output 15.0%, copying 5.0%"
-    )
+    shares, stages = time_lines(progress, has_own_device=True)
+    waits = "starved for input 20.0%, blocked on output 15.0%, copying 5.0%"
+    assert shares == f"encoder busy 60.0% of its span, so at 0.60 of the bare encoder's speed: {waits}"
+    reach = "what it would reach on these cores if it never waited"
+    shares, _ = time_lines(progress, has_own_device=False)
+    assert shares == f"encoder busy 60.0% of its span, so at 0.60 of {reach}: {waits}"
     assert stages == (
         "stages: wait for bytes or a core 11.0 s, decode 44.0 s, wait for the first frames 9.0 s, "
         "wait for input 20.0 s, batch 7.0 s, encode 60.0 s, rows 13.0 s, wait for output 15.0 s, "
@@ -93,7 +106,13 @@ def test_a_job_tells_where_its_time_went(tmp_path: Path, capsys: pytest.CaptureF
     recipe = ["--encoder", "rehearsal:4x8x8x16@2", "--frames", "9", "--sizes", "32x32", "--unit-rows", "4"]
     assert main(["encode", str(shard), "--store", str(store), *recipe, "--local"]) == 0
     told = capsys.readouterr().err
-    for line in ("done: 1 units, 3 clips", "first unit committed", "encoder busy", "stages: ", r"\w+-bound: "):
+    for line in (
+        "done: 1 units, 3 clips",
+        "first unit committed",
+        r"encoder busy [\d.]+% of its span, so at [\d.]+ of the bare encoder's speed: ",  # a rehearsal's
+        "stages: ",
+        r"(\w+-bound|balanced): ",
+    ):
         assert re.search(f"^encode: {line}", told, re.MULTILINE)
     (log,) = (json.loads(path.read_text()) for path in store.glob("runs/*.json"))
     assert list(log["start_seconds"]) == ["imports", "index", "plan", "encoder", "worker", "first unit"]
@@ -195,6 +214,29 @@ def test_the_run_log_holds_a_failure_with_all_that_is_known(told: Told) -> None:
         "stopped by FailureLimitError", "cuda", {"w0": {"node": "n"}},
     )  # fmt: skip
     assert log["flags"]["workers"] == 8  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("device", "bare"), [("cpu", False), ("cuda", True)])
+def test_only_on_a_device_of_its_own_an_encoder_is_compared_with_the_bare_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str, bare: bool
+) -> None:
+    controller = Controller(units(1), Policy())
+    reporter = Reporter(LocalStorage(tmp_path), EngineFlags(), device, controller, 10, 1, StartTimes())
+    reporter.tick([UnitDone("w0", report(next(iter(units(1)))))])
+    reporter.finish("done", {})
+    assert ("of the bare encoder's speed" in capsys.readouterr().err) == bare
+
+
+def test_a_run_log_that_cannot_be_written_hides_nothing(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(*_: object) -> None:
+        raise UnitError("503 Service Unavailable")
+
+    monkeypatch.setattr(LocalStorage, "put", put)
+    told.now = 4.0
+    told.reporter.finish("stopped by Interrupted", {})
+    first, last = told.lines()
+    assert first.startswith("stopped by Interrupted")
+    assert last == "no run log: 503 Service Unavailable"
 
 
 def test_advice_counts_the_workers_that_the_units_let_start(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,12 @@ def test_a_worker_that_cannot_be_set_up_stops_the_job(cluster: Cluster) -> None:
         cluster.reply(task_error(KeyError("x")), unit=None)
 
 
+def test_a_store_that_is_silent_while_a_worker_is_set_up_costs_that_worker_only(cluster: Cluster) -> None:
+    assert cluster.reply(task_error(UnitError("no answer")), unit=None) == WorkerLost("w", "no answer")
+    assert cluster.killed == ["its actor"]
+    assert cluster.reply(report(UNIT)) is None
+
+
 @pytest.mark.parametrize(
     ("error", "cause"),
     [

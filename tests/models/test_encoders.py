@@ -146,6 +146,40 @@ def test_hub_sources_fetch_the_vae_alone(wan, tmp_path, monkeypatch):
         resolve_source("owner/name", subfolder="")
 
 
+class Hub:
+    """A repository on the hub: of its files a snapshot has those that were asked for."""
+
+    def __init__(self, repository, snapshot):
+        self.repository, self.snapshot, self.asked = repository, snapshot, []
+        snapshot.mkdir()
+
+    def download(self, _, allow_patterns):
+        self.asked.append(allow_patterns)
+        for name in allow_patterns:
+            if (self.repository / name).is_file():
+                (self.snapshot / name).write_bytes((self.repository / name).read_bytes())
+        return str(self.snapshot)
+
+
+def test_a_hub_repository_without_a_vae_folder_is_taken_by_its_root(wan, tmp_path, monkeypatch):
+    hub = Hub(wan.directory, tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
+    assert resolve_source("owner/name") == tmp_path / "snapshot"
+    assert describe("owner/name") == wan.encoder.card
+
+
+def test_the_weights_of_another_model_at_its_root_are_not_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "repository").mkdir()
+    hub = Hub(tmp_path / "repository", tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
+    with pytest.raises(EncoderSourceError, match=r"has no vae/config.json and no config.json: download the folder"):
+        describe("owner/name")
+    (tmp_path / "repository" / "config.json").write_text('{"_class_name": "WanModel"}')
+    with pytest.raises(EncoderSourceError, match="WanModel is not supported"):
+        describe("owner/name")
+    assert [files for files in hub.asked if "model.safetensors" in files] == []
+
+
 def test_sources_that_are_nothing_are_refused(tmp_path, monkeypatch):
     def offline(repository, allow_patterns):
         raise FileNotFoundError("offline")

@@ -1,28 +1,39 @@
-"""The encode stage: how many calls at a time, on how many threads, and what its seconds say."""
+"""The encode stage: how many calls at a time, on how many threads, what its seconds say, and what it lets go of."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from models.chunks import StreamState
 from models.spec import Posterior
+from models.streamed import EncodeStream
 from pipeline import worker as worker_module
+from pipeline.byte_window import ByteWindow
 from pipeline.decode.records import DecodeRequest
 from pipeline.decode_requests import Decoders
-from pipeline.encode_stage import num_callers
-from pipeline.errors import UnitError
+from pipeline.encode_stage import Caller, num_callers
+from pipeline.errors import DecodeError, UnitError
+from pipeline.feed import Piece
 from pipeline.plan import Plan
+from pipeline.recipe import Recipe
+from pipeline.sampling import SamplingConfig
 from pipeline.storage import LocalStorage
-from pipeline.unit_job import UnitReport
+from pipeline.unit_job import UnitJob, UnitReport
 from pipeline.worker import EncodeWorker
-from tests.fakes import FakeDecoders, FakeEncoder, planned_store
-from tests.pipeline.test_worker import CLIP_BYTES, film_recipe, recipe_of
+from tests.fakes import FAKE_GEOMETRY, FakeDecoders, FakeEncoder, planned_store
+from tests.pipeline.test_worker import CLIP_BYTES, FILMS, BreakingStreams, film_recipe, recipe_of
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -42,8 +53,9 @@ def make(tmp_path: Path) -> Iterator[Make]:
         decoders: Decoders | None = None,
         storage_type: type[LocalStorage] = LocalStorage,
         windows: int = 2,
+        films: Recipe | None = None,
     ) -> tuple[EncodeWorker, Plan]:
-        storage, plan = planned_store(tmp_path, VIDEOS, recipe_of(windows, 2, 4))
+        storage, plan = planned_store(tmp_path, FILMS if films else VIDEOS, films or recipe_of(windows, 2, 4))
         used = storage_type(storage.url)
         worker = EncodeWorker(encoder, decoders or FakeDecoders(), used, plan, 1 << 20, fatal.append, threads)
         workers.append(worker)
@@ -240,3 +252,130 @@ def test_a_unit_that_fails_while_its_last_slice_is_not_whole_gives_all_of_the_wi
     assert [second.result(10).written, third.result(10).written] == [4, 4]
     worker.close()
     assert worker._window._used_bytes == 0
+
+
+FILM_RECIPE = dataclasses.replace(film_recipe(), sampling=SamplingConfig((85,)))  # ends with 4 frames of a chunk of 8
+
+
+class StreamingEncoder(FakeEncoder):
+    """Remembers its streams weakly; `fails` tells by the number of a push, or of a flush, whether it fits."""
+
+    def __init__(self, fails: Callable[[str, int], bool]) -> None:
+        super().__init__()
+        self.fails, self.calls = fails, {"push": 0, "flush": 0}
+        self.streams: list[weakref.ref[EncodeStream]] = []
+
+    @property
+    def num_alive(self) -> int:
+        return sum(stream() is not None for stream in self.streams)
+
+    def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> EncodeStream:
+        encoder = self
+
+        class Counting(EncodeStream):
+            def push(self, arrived: torch.Tensor) -> Posterior | None:
+                encoder.count("push")
+                return super().push(arrived)
+
+            def flush(self) -> Posterior | None:
+                encoder.count("flush")
+                return super().flush()
+
+        stream = Counting(FAKE_GEOMETRY, self._encode_chunk, chunk_frames or 8, state)
+        self.streams.append(weakref.ref(stream))
+        return stream
+
+    def count(self, call: str) -> None:
+        self.calls[call] += 1
+        if self.fails(call, self.calls[call]):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """What is in a cycle stays, as for long after gc.freeze()."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_waiting_frames_that_do_not_fit_at_a_clips_end_fail_their_unit_only(make: Make) -> None:
+    encoder = StreamingEncoder(lambda call, number: (call, number) == ("flush", 1))
+    worker, plan = make(encoder, 1, films=FILM_RECIPE)
+    futures = [worker.submit(unit) for unit in plan.units()]
+    failure = futures[0].exception(10)
+    assert isinstance(failure, UnitError)
+    assert str(failure).startswith("the GPU has no memory for long clips of 85x32x32: lower --window-mb")
+    assert failure.__context__ is None
+    assert [future.exception(10) for future in futures[1:]] == [None] * (len(futures) - 1)
+    worker.close()
+    assert worker._window._used_bytes == 0
+
+
+def test_a_unit_that_fails_leaves_nothing_of_its_clips_with_the_encoder(make: Make, no_collection: None) -> None:
+    """Not even until the next collection: its retry comes at once, and needs the memory of the GPU."""
+    alive: list[int] = []
+    encoder = StreamingEncoder(lambda call, number: (call, number) == ("push", 8))
+    worker, plan = make(encoder, 1, films=film_recipe())
+    future = worker.submit(list(plan.units())[1])
+    future.add_done_callback(lambda _: alive.append(encoder.num_alive))
+    failure = future.exception(10)
+    assert isinstance(failure, UnitError)
+    assert len(encoder.streams) > 1
+    assert alive == [0]
+
+
+class Refusing(LocalStorage):
+    """As an object store that fails: with a cause, whose traceback has frames of its own."""
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        try:
+            Path(self.url, "nothing").read_bytes()
+        except OSError as error:
+            raise UnitError(f"cannot write {name}") from error
+
+
+@pytest.mark.parametrize(
+    ("decoders", "storage_type", "told"),
+    [
+        (BreakingStreams(UnitError("decoding broke")), LocalStorage, "decoding broke"),
+        (BreakingStreams(DecodeError("bad_media", "its clip's fault")), LocalStorage, "None"),
+        (FakeDecoders(), Refusing, "cannot write"),
+    ],
+)
+def test_a_job_is_gone_with_its_unit_whatever_failed(
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    no_collection: None,
+    decoders: Decoders,
+    storage_type: type[LocalStorage],
+    told: str,
+) -> None:
+    worker, plan = make(FakeEncoder(), 1, decoders, storage_type, films=film_recipe(unit_rows=2))
+    jobs: list[weakref.ref[UnitJob]] = []
+    put = worker._submitted.put
+
+    def remembering(job: UnitJob) -> None:
+        jobs.append(weakref.ref(job))
+        put(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._submitted, "put", remembering)
+        future = worker.submit(list(plan.units())[2])
+    assert told in str(future.exception(10))
+    worker.close()
+    assert [job() for job in jobs] == [None]
+
+
+def test_a_piece_of_a_unit_that_is_over_ends_its_other_clips(tmp_path: Path) -> None:
+    _, plan = planned_store(tmp_path, FILMS, film_recipe())
+    window, outbox = ByteWindow(100), queue.Queue[Any]()
+    job = UnitJob(next(plan.units()), Future())
+    job.streams[0] = object()  # type: ignore[assignment]
+    job.future.cancel()
+    window.acquire(7)
+    piece = Piece(job, 7, 1, DecodeError("bad_media", "on purpose"))
+    Caller(FakeEncoder(), plan, window, outbox, share=1.0, threads=1).handle(piece)
+    assert job.streams == {}
+    assert outbox.empty()
+    assert window._used_bytes == 0

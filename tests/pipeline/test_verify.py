@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline import ledger
 from pipeline.decode.records import ClipShape, Window
-from pipeline.errors import UnitError
+from pipeline.errors import JobError, UnitError
+from pipeline.index import fragment_name
 from pipeline.plan import Plan, Unit
 from pipeline.storage import LocalStorage
 from pipeline.store import shard_name
@@ -194,6 +196,22 @@ def test_damage_is_named(made: tuple[LocalStorage, Plan], damage: Callable[[Loca
     assert any(expected in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_an_index_fragment_that_cannot_be_read_is_a_problem_of_its_units(
+    made: tuple[LocalStorage, Plan], damage: str
+) -> None:
+    storage, plan = made
+    name = fragment_name(next(iter(plan.shards.values())).shard_id)
+    whole = storage.read(name)
+    storage.delete(name)
+    if damage == "cut":
+        storage.put(name, whole[:-9])
+    told = {"cut": f"{name} is damaged", "gone": f"no index fragment {name}"}[damage]
+    problems = list(check_store(storage, plan))
+    assert [ledger.unit_name(unit) for unit in first_two(plan)] == [problem.split()[0] for problem in problems]
+    assert all(told in problem for problem in problems)
+
+
 def test_unplaced_samples_are_counted(tmp_path: Path) -> None:
     storage, plan = planned_store(tmp_path, [{"a": 30, "short": 3, "shorter": 2}])
     encode_store(storage, plan, FakeDecoders())
@@ -283,6 +301,18 @@ def test_a_source_tar_that_changed_is_a_problem(made: tuple[LocalStorage, Plan])
     assert len(problems) == 4
     assert f"9x32x32/000000 row 0 (a): written, but its source now fails with shard {changed} changed" in problems[0]
     assert len(results) == 8
+
+
+def test_a_gpu_without_memory_for_a_clip_ends_it_with_a_remedy(
+    made: tuple[LocalStorage, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nmore")
+
+    encoder = FakeEncoder()
+    monkeypatch.setattr(encoder, "decode", out_of_memory)
+    with pytest.raises(JobError, match=r"decode a latent of 4x3x4x4: use --device cpu \(CUDA out of memory.*GiB\.\)$"):
+        list(compare(*made, encoder, FakeDecoders(), 1.0))
 
 
 def test_restore_shows_the_valid_frames_of_a_padded_clip(tmp_path: Path) -> None:

@@ -445,6 +445,7 @@ def test_an_unexpected_exception_in_each_thread_is_fatal(
     for future in futures:
         assert not_done(future)
     assert [type(error) for error in setup.fatal] == [expected]
+    assert setup.fatal[0].__traceback__ is not None  # nobody foresaw it: it is to tell where it came from
     assert setup.worker.submit(setup.units[0]).cancelled()
     started = time.monotonic()
     setup.worker.close()
