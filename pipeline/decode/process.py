@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from typing import NoReturn
@@ -41,6 +42,7 @@ class DecodeProcess:
     def __init__(self, limits: DecodeLimits, child_module: str = "pipeline.decode.child") -> None:
         self._limits, self._child_module = limits, child_module
         self._child: ChildProcess | None = None
+        self._is_last = False  # of all that want a core
         self._state = threading.Lock()  # guards _child and _closed, never held for long
         self._busy = threading.Lock()  # held while a request is served
         self._closed = False
@@ -56,6 +58,18 @@ class DecodeProcess:
         """The child's process id, when there is one."""
         return self._child.pid if self._child else None
 
+    def let_others_first(self) -> None:
+        """Have the child, and those that replace it, run where nobody else wants a core."""
+        with self._state:
+            self._is_last = True
+            self._apply_scheduling()
+
+    def _apply_scheduling(self) -> None:
+        if self._is_last and self._child is not None:
+            # Not a niceness: Ray's workers have one of 15 themselves. A child that has ended is found out later.
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(self._child.pid, os.SCHED_IDLE, os.sched_param(0))
+
     def start(self) -> None:
         """Begin to start the child, so that the first request need not wait for all of it.
 
@@ -68,6 +82,7 @@ class DecodeProcess:
                     self._child = ChildProcess(self._child_module, self._limits)
                 except OSError as error:
                     raise UnitError(f"cannot start {self._child_module}: {error}") from error
+                self._apply_scheduling()
 
     def probe(self, source: MediaSource) -> MediaInfo:
         """What the media is.

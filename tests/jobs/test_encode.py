@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from jobs import encode, ray_cluster
+from jobs import encode, ray_cluster, ray_engine
 from jobs.__main__ import main
 from jobs.flags import EngineFlags
 from pipeline.errors import JobError
 from tests.clips import numbered_video
-from tests.fakes import sample_members, write_tar
+from tests.fakes import FakeEncoder, planned_store, sample_members, write_tar
 
 RECIPE = ["--encoder", "rehearsal:4x8x8x4@1000", "--frames", "9", "--sizes", "32x32", "--batch-size", "2"]
 WINDOWS = ["--windows", "uniform", "--num-windows", "3", "--unit-rows", "2"]
@@ -176,3 +178,24 @@ def test_collections_leave_out_what_was_there_before_the_job_and_no_longer(
     run_encode(tar, tmp_path / "store")
     assert frozen[0] > before + 10_000  # torch's alone are more
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize(
+    ("source", "device", "lets"), [("m", "cpu", 1), ("rehearsal:4x8x8x16@10", "cpu", 0), ("m", "cuda", 0)]
+)
+def test_decoding_takes_what_an_encoder_on_the_same_cores_leaves(
+    engine: str, source: str, device: str, lets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Mock(num_processes=1)
+    if engine == "local":
+        storage, plan = planned_store(tmp_path)
+        monkeypatch.setattr(encode, "ready_encoder", lambda *_: FakeEncoder())
+        encode._local_engine(storage, plan, source, EngineFlags(local=True), device, pool).close()
+    else:
+        monkeypatch.setattr(ray_engine, "ProcessPool", lambda *_: pool)
+        share = SimpleNamespace(decode_processes=1)
+        spec: Any = SimpleNamespace(share=share, limits=None, device=device, encoder_source=source)
+        assert ray_engine.EncodeActor(spec)._decoders() is pool
+    assert pool.start.call_count == 1
+    assert pool.let_others_first.call_count == lets

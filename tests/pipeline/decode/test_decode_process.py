@@ -318,6 +318,19 @@ def test_the_child_has_its_limits(source):
         assert psutil.Process(process.pid).nice() == min(19, psutil.Process().nice() + 5)
 
 
+def test_a_child_that_lets_others_first_keeps_to_that_and_so_do_its_successors(source):
+    with ProcessPool(2, LIMITS) as pool:
+        pool.start()
+        pool.let_others_first()
+        pool.submit(request_of(source, (0, 3))).result()
+        assert {os.sched_getscheduler(pid) for pid in pool.pids} == {os.SCHED_IDLE}
+        os.kill(pool.pids[0], signal.SIGKILL)
+        os.kill(pool.pids[1], signal.SIGKILL)
+        for _ in range(2):
+            pool.submit(request_of(source, (0, 3))).result()
+        assert {os.sched_getscheduler(pid) for pid in pool.pids} == {os.SCHED_IDLE}
+
+
 def test_a_tighter_limit_of_the_system_stands(source):
     tight = 3 << 30
     with DecodeProcess(LIMITS) as process:
