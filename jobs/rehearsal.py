@@ -76,10 +76,10 @@ class RehearsalEncoder:
         return self.encode_stream(chunk_frames).run(frames_BTHWC)
 
     def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> EncodeStream:
-        from models.streamed import EncodeStream, default_chunk_frames
+        from models.streamed import EncodeStream
 
         geometry = self._card.geometry
-        chunk_frames = chunk_frames or default_chunk_frames(geometry)
+        chunk_frames = chunk_frames or geometry.default_chunk_frames
         if chunk_frames % geometry.temporal_stride:
             raise GeometryError(f"chunk_frames {chunk_frames} is not a multiple of {geometry.temporal_stride}")
         return EncodeStream(geometry, self._encode_chunk, chunk_frames, state)

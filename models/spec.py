@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PosteriorMode = Literal["mean", "moments", "sample"]
 Causality = Literal["causal", "causal-attention", "none"]
+_CHUNK_FRAMES_AT_LEAST = 8
 
 
 class GeometryError(ValueError):
@@ -51,6 +52,14 @@ class Geometry:
     def frame_rule(self) -> str:
         """The frame counts that are on the grid, as people write it: "1+8k"."""
         return f"1+{self.temporal_stride}k" if self.leading_frame else f"{self.temporal_stride}k"
+
+    @property
+    def default_chunk_frames(self) -> int:
+        """Frames of a streamed chunk after the leading one.
+
+        The smallest multiple of the temporal stride that is at least 8: clips of 9, 17 or 33 frames need no filling.
+        """
+        return -(-_CHUNK_FRAMES_AT_LEAST // self.temporal_stride) * self.temporal_stride
 
     def frames_on_grid(self, num_frames: int) -> int:
         """The largest frame count on the grid that is at most num_frames; 0 when there is none."""

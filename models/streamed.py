@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-MIN_DEFAULT_CHUNK_FRAMES = 8
-
 
 class EncodesChunks(Protocol):
     """A causal autoencoder on its device, in its compute dtype.
@@ -65,11 +63,6 @@ class StreamingBackend(EncodesChunks, Protocol):
     def decode_chunk(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Decode the next latent frames, B C t h w, the leading one first, to pixels B 3 T H W."""
         ...
-
-
-def default_chunk_frames(geometry: Geometry) -> int:
-    """The smallest multiple of the temporal stride that is at least 8: clips of 9, 17 or 33 frames need no filling."""
-    return -(-MIN_DEFAULT_CHUNK_FRAMES // geometry.temporal_stride) * geometry.temporal_stride
 
 
 class ChunkedEncoder:
@@ -109,7 +102,7 @@ class ChunkedEncoder:
     def encode_stream(self, chunk_frames: int | None = None, state: StreamState | None = None) -> EncodeStream:
         geometry = self._card.geometry
         if chunk_frames is None:
-            chunk_frames = default_chunk_frames(geometry) if state is None else state["chunk_frames"]
+            chunk_frames = geometry.default_chunk_frames if state is None else state["chunk_frames"]
         if chunk_frames < 1 or chunk_frames % geometry.temporal_stride:
             raise GeometryError(f"chunk_frames {chunk_frames} is not a multiple of {geometry.temporal_stride}")
         return EncodeStream(geometry, self._encode_chunk, chunk_frames, state)
@@ -179,7 +172,7 @@ class DecodeStream(ChunkedStream[torch.Tensor]):
     time_axis = 2
 
     def __init__(self, geometry: Geometry, decode: RunChunk[Tensor], state: StreamState | None) -> None:
-        super().__init__(decode, default_chunk_frames(geometry) // geometry.temporal_stride, state)
+        super().__init__(decode, geometry.default_chunk_frames // geometry.temporal_stride, state)
         self._geometry = geometry
 
     def _check(self, arrived: Tensor) -> None:

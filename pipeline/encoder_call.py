@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from models.spec import Posterior, VideoEncoder
-from models.streamed import EncodeStream, default_chunk_frames
+from models.streamed import EncodeStream
 from pipeline.buckets import Bucket
 from pipeline.clip_streams import StreamPlan
 from pipeline.errors import JobError, UnitError
@@ -87,7 +87,7 @@ def _call_pixels(recipe: Recipe, bucket: Bucket) -> int:
 
 def _begin_clips(encoder: VideoEncoder, recipe: Recipe, bucket: Bucket, window_bytes: int) -> None:
     """The leading frame and two chunks, each clip's state being kept until all have begun."""
-    chunk_frames = recipe.encode.chunk_frames or default_chunk_frames(recipe.encoder.geometry)
+    chunk_frames = recipe.encode.chunk_frames or recipe.encoder.geometry.default_chunk_frames
     under_way = StreamPlan.of(window_bytes, bucket.decoded_bytes // bucket.num_frames, chunk_frames).clips
     frames = _black(bucket, 1, min(bucket.num_frames, 1 + 2 * chunk_frames))
     streams = [encoder.encode_stream(recipe.encode.chunk_frames) for _ in range(under_way)]

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from models.streamed import default_chunk_frames
 from pipeline.buckets import Bucket
 from pipeline.byte_window import LEAST_WINDOW_MB, ByteWindow
 from pipeline.clip_streams import ClipStreams, StreamPlan
@@ -114,7 +113,7 @@ class Feed:
             self._window.wait_until_empty()
         recipe = self._plan.recipe
         frame_bytes = job.clips[0].decoded_bytes // job.unit.bucket.num_frames
-        chunk_frames = recipe.encode.chunk_frames or default_chunk_frames(recipe.encoder.geometry)
+        chunk_frames = recipe.encode.chunk_frames or recipe.encoder.geometry.default_chunk_frames
         plan = StreamPlan.of(self._window.limit_bytes, frame_bytes, chunk_frames)
         for place, request in enumerate(to_requests(job.clips, recipe, group_bytes=1)):
             if not job.future.done():

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from models.spec import EncoderCard, Geometry, GeometryError, PosteriorMode
+from models.spec import EncoderCard, GeometryError, PosteriorMode
 from pipeline.buckets import Bucket, BucketConfig, resolve_sizes
 from pipeline.decode.records import DecoderName
 from pipeline.errors import MismatchError, UsageError
@@ -33,7 +33,6 @@ _MEGABYTE = 1 << 20
 _UNIT_BYTES = 32 << 20
 _UNIT_ROWS_AT_MOST = 256
 _CALL_PIXELS, _CALL_FRAMES, _BATCH_AT_MOST = 1 << 21, 8, 64
-_CHUNK_FRAMES_AT_LEAST = 8
 
 Record = TypeVar("Record")
 
@@ -147,7 +146,7 @@ class Recipe:
         geometry = self.encoder.geometry
         if geometry.causality != "causal" or bucket.num_frames == 1:
             return None
-        return self.encode.chunk_frames or default_chunk_frames(geometry)
+        return self.encode.chunk_frames or geometry.default_chunk_frames
 
     def unit_rows(self, bucket: Bucket) -> int:
         """S, the rows of a unit: whole encoder batches."""
@@ -167,11 +166,6 @@ def default_batch_size(bucket: Bucket) -> int:
     pixels = min(bucket.num_frames, _CALL_FRAMES) * bucket.height * bucket.width
     fitting = max(1, min(_BATCH_AT_MOST, _CALL_PIXELS // pixels))
     return 1 << fitting.bit_length() - 1
-
-
-def default_chunk_frames(geometry: Geometry) -> int:
-    """That of models.streamed, which needs torch, and a plan must not; a test holds them to each other. Pure."""
-    return -(-_CHUNK_FRAMES_AT_LEAST // geometry.temporal_stride) * geometry.temporal_stride
 
 
 def fingerprint(tree: object) -> str:

@@ -35,7 +35,7 @@ from models.native import NativeBackend
 from models.pixels import to_pixels
 from models.pretrained import real_configs
 from models.spec import Geometry
-from models.streamed import EncodesChunks, default_chunk_frames
+from models.streamed import EncodesChunks
 
 Json = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]
@@ -102,7 +102,7 @@ def measure(spec: Json) -> Json:
     frames = geometry.frames_on_grid(spec["frames"])
     size = -(-spec["size"] // geometry.spatial_stride) * geometry.spatial_stride
     pixels = frames * size * size
-    chunk_frames = default_chunk_frames(geometry)
+    chunk_frames = geometry.default_chunk_frames
 
     def noise(num_frames: int) -> Tensor:
         # Through the pipeline's own function: strides decide which convolutions run.

@@ -325,13 +325,12 @@ class Unsure(LocalStorage):
         return False
 
 
-def leave_shard_of_another_recipe(ready: Ready, factor: float = 1.2) -> bytes:
-    """A whole shard of other values, without a ledger fragment."""
+def leave_shard_of_another_recipe(ready: Ready, *, damaged: bool = False) -> None:
+    """A shard of other values, whole or damaged, without a ledger fragment."""
     storage, plan, unit = ready
     rows, _ = encode_rows(FakeEncoder(), plan.recipe, unit, clips_of(plan, unit, FRAGMENTS))
-    data = encode_shard(plan.recipe, unit.bucket, (rows * factor).astype(rows.dtype))
-    storage.put(shard_name(unit), data)
-    return data
+    data = encode_shard(plan.recipe, unit.bucket, (rows * 1.2).astype(rows.dtype))
+    storage.put(shard_name(unit), flipped(data) if damaged else data)
 
 
 @pytest.mark.parametrize("leftover", [False, True])
@@ -401,9 +400,7 @@ ALL_FAILED = dict.fromkeys(range(4), "timeout")
 def test_what_was_left_is_not_put_back_beside_the_ledger_of_a_rival(
     ready: Ready, mine: dict[int, str], rivals: dict[int, str], damaged: bool
 ) -> None:
-    left = leave_shard_of_another_recipe(ready)
-    if damaged:
-        ready[0].put(shard_name(ready[2]), flipped(left))
+    leave_shard_of_another_recipe(ready, damaged=damaged)
     assert not race(ready, mine, rivals).won
     reasons = {
         line["row"]: line["reason"] for line in ledger.read_rows(ready[0], unit_name(ready[2])) if line["reason"]
@@ -418,9 +415,7 @@ def test_a_unit_whose_shard_was_replaced_beyond_repair_is_given_back(
     ready: Ready, mine: dict[int, str], rivals: dict[int, str], damaged: bool
 ) -> None:
     """Nobody has the rows any more that the rival's ledger tells of: the unit is not done."""
-    left = leave_shard_of_another_recipe(ready)
-    if damaged:
-        ready[0].put(shard_name(ready[2]), flipped(left))
+    leave_shard_of_another_recipe(ready, damaged=damaged)
     with pytest.raises(UnitError, match="at the same time"):
         race(ready, mine, rivals)
     assert not ready[0].exists(unit_name(ready[2]))

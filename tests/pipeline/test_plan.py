@@ -222,11 +222,23 @@ def test_plans_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("constant", "value", "line"),
     [
-        ("_UNIT_ROWS_AT_MOST", 128, "unit_rows of bucket 9x256x256: the store has 256, this release takes 128"),
-        ("_CALL_PIXELS", 1 << 20, "batch_size of bucket 9x256x256: the store has 4, this release takes 2"),
-        ("_CALL_FRAMES", 4, "batch_size of bucket 9x256x256: the store has 4, this release takes 8"),
-        ("_BATCH_AT_MOST", 2, "batch_size of bucket 9x256x256: the store has 4, this release takes 2"),
-        ("_CHUNK_FRAMES_AT_LEAST", 12, "chunk_frames of bucket 9x256x256: the store has 8, this release takes 12"),
+        (
+            "pipeline.recipe._UNIT_ROWS_AT_MOST",
+            128,
+            "unit_rows of bucket 9x256x256: the store has 256, this release takes 128",
+        ),
+        (
+            "pipeline.recipe._CALL_PIXELS",
+            1 << 20,
+            "batch_size of bucket 9x256x256: the store has 4, this release takes 2",
+        ),
+        ("pipeline.recipe._CALL_FRAMES", 4, "batch_size of bucket 9x256x256: the store has 4, this release takes 8"),
+        ("pipeline.recipe._BATCH_AT_MOST", 2, "batch_size of bucket 9x256x256: the store has 4, this release takes 2"),
+        (
+            "models.spec._CHUNK_FRAMES_AT_LEAST",
+            12,
+            "chunk_frames of bucket 9x256x256: the store has 8, this release takes 12",
+        ),
     ],
 )
 def test_a_release_with_another_constant_does_not_go_on_with_a_store(
@@ -235,7 +247,7 @@ def test_a_release_with_another_constant_does_not_go_on_with_a_store(
     recipe = fake_recipe(buckets=BucketConfig(), encode=EncodeConfig())
     saved(LocalStorage(tmp_path), plan_of(recipe, [fragment("a", [media_info()])]))
     assert load_plan(LocalStorage(tmp_path), recipe).num_clips == 2
-    monkeypatch.setattr(f"pipeline.recipe.{constant}", value)
+    monkeypatch.setattr(constant, value)
     remedy = "Use the release that made the store, or a new --store."
     with pytest.raises(MismatchError, match=rf"^plan/000000.parquet was .* otherwise:\n  {line}\n{remedy}$"):
         load_plan(LocalStorage(tmp_path), recipe)
