@@ -161,7 +161,7 @@ def decode_with(
     """`decode_windows` with one back end.
 
     A back end that seeks decodes the windows which damage kept from completion once more, each by itself: so a window
-    fails by what lies between its own seek point and its end, whichever windows it shares a request with.
+    fails by what is decoded between its own seek point and its end, whichever windows it shares a request with.
     """
     out = out or new_frames(request)
     outcomes = _decode_together(backend, request, limits, out)

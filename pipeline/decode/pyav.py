@@ -28,9 +28,10 @@ from pipeline.decode.container import OpenVideo, open_video
 from pipeline.decode.fit import FrameFitter, Orientation, display_size, fitter_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.packets import demuxed, frames_of
+from pipeline.decode.proof import NotExactError, codec_of, is_shown
 from pipeline.decode.records import ClipShape, Grid, MediaInfo, MediaSource
 from pipeline.decode.seek import Target, targets
-from pipeline.decode.seek_pyav import SEEKABLE_CONTAINERS, NotExactError, SeekingWalk, codec_of, is_shown
+from pipeline.decode.seek_pyav import SEEKABLE_CONTAINERS, SeekingWalk
 
 
 class PyAVBackend:

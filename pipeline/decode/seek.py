@@ -24,7 +24,8 @@ from pipeline.decode.records import Grid
 MIN_JUMP_FRAMES = 12
 SEEKABLE_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "prores")
 
-_H264_IDR, _H264_SEI, _SEI_RECOVERY_POINT = 5, 6, 6
+_H264_SLICE, _H264_IDR, _H264_SEI, _SEI_RECOVERY_POINT = 1, 5, 6, 6
+_H264_DISPOSABLE = (_H264_SLICE, _H264_SEI, 9, 12)  # with a delimiter or filler data; all with nal_ref_idc 0
 _HEVC_IRAP = range(16, 22)
 
 
@@ -108,6 +109,17 @@ def is_clean_start(codec: str, data: bytes, length_size: int) -> bool:
     if codec == "hevc":
         return any(unit[0] >> 1 & 0x3F in _HEVC_IRAP for unit in _nal_units(data, length_size))
     return codec in SEEKABLE_CODECS
+
+
+def is_disposable(codec: str, data: bytes, length_size: int) -> bool:
+    """Whether nothing is predicted from a packet's picture, and nothing else is in it. Told of H.264 only.
+
+    HEVC's sub-layer non-reference pictures may be referred to by those of higher sub-layers.
+    """
+    if codec != "h264":
+        return False
+    kinds = [unit[0] for unit in _nal_units(data, length_size)]
+    return _H264_SLICE in kinds and all(kind in _H264_DISPOSABLE for kind in kinds)
 
 
 def _is_h264_start(unit: bytes) -> bool:

@@ -15,7 +15,6 @@ need not be decoded to know its time where the first packet is a clean start wit
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -24,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import av
 
-from pipeline.decode.backend import damage
-from pipeline.decode.packets import demuxed, frames_of
+from pipeline.decode.packets import demuxed
+from pipeline.decode.proof import NotExactError, codec_of, is_progressive, is_shown, proven_frames
 from pipeline.decode.seek import (
     MIN_JUMP_FRAMES,
     SEEKABLE_CODECS,
@@ -50,12 +49,6 @@ _MAX_REORDERED = 16
 # Without an index, a jump costs a pass over the packets; it also must lie beyond what the decoder has read ahead.
 _MIN_PASS_FRAMES = 60
 _MAX_ATTEMPTS = 8
-_FRAME_PER_PACKET = ("h264", "hevc", "av1", "mpeg2video")
-_PROGRESSIVE = (0, 1)  # AV_FIELD_UNKNOWN, AV_FIELD_PROGRESSIVE
-
-
-class NotExactError(Exception):
-    """This video's frames cannot be told apart by its packets."""
 
 
 class SeekingWalk:
@@ -72,10 +65,11 @@ class SeekingWalk:
     def __init__(self, video: OpenVideo, last: Target, reopen: Callable[[], AbstractContextManager[OpenVideo]]) -> None:
         self._video, self._last, self._reopen = video, last, reopen
         self.first_pts, self._packets = _known_start(video, demuxed(video))
-        self._frames: Iterator[tuple[int, av.VideoFrame]] = enumerate(_proven_frames(video, self._packets, None))
+        self._target: Target | None = None
+        self._frames = proven_frames(video, self._packets, None, 0, self._is_before)
         self._keys: KeyFrames | None = None
         self._next_index, self._pts = 0, self.first_pts or 0
-        self._jumps = codec_of(video) in SEEKABLE_CODECS and video.stream.codec_context.field_order in _PROGRESSIVE
+        self._is_plain = codec_of(video) in SEEKABLE_CODECS and is_progressive(video)
         self._header_size = (video.stream.width, video.stream.height)
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -86,7 +80,7 @@ class SeekingWalk:
         assert frame.pts is not None  # proven
         if self._next_index == 0 and index > 0 and not self._is_as_announced(frame):
             raise NotExactError
-        self._jumps = self._jumps and not frame.interlaced_frame  # fields may be packets of their own
+        self._is_plain = self._is_plain and not frame.interlaced_frame  # fields may be packets of their own
         self.first_pts = frame.pts if self.first_pts is None else self.first_pts
         self._next_index, self._pts = index + 1, frame.pts
         return index, frame
@@ -101,8 +95,9 @@ class SeekingWalk:
         Raises:
             NotExactError: none of the key frames before the target is a clean start.
         """
+        self._target = target
         distance = self._frames_to(target)
-        if not self._jumps or distance < MIN_JUMP_FRAMES:
+        if not self._is_plain or distance < MIN_JUMP_FRAMES:
             return
         if self._keys is None:
             if not self._by_index and distance < _MIN_PASS_FRAMES:
@@ -151,9 +146,16 @@ class SeekingWalk:
         if pts is None or not target.is_after(index, (pts - self._first_pts) * self._tick):
             return False
         self._packets = itertools.chain(ahead, self._packets)
-        there, frames = self._next_index, enumerate(_proven_frames(self._video, self._packets, pts), index)
+        there, frames = self._next_index, proven_frames(self._video, self._packets, pts, index, self._is_before)
         self._frames = itertools.dropwhile(lambda numbered: numbered[0] < there, frames)
         return True
+
+    def _is_before(self, index: int, pts: int) -> bool:
+        """Whether a frame is shown no later than the target, so that those before it need not be decoded for it."""
+        has_dts = self._video.container_name != "mkv"  # where FFmpeg guesses them
+        if self._target is None or not self._is_plain or not has_dts:
+            return False
+        return self._target.is_after(index, (pts - self._first_pts) * self._tick)
 
     def _find(self, key: KeyFrame) -> Packet:
         for packet in self._packets:
@@ -173,70 +175,6 @@ class SeekingWalk:
             return num_shown > self._last.index
         assert self._last.seconds is not None
         return (time - self._first_pts) * self._tick > self._last.seconds
-
-
-def codec_of(video: OpenVideo) -> str:
-    """FFmpeg's canonical name."""
-    return video.stream.codec_context.codec.canonical_name
-
-
-def is_shown(packet: Packet, codec: str) -> bool:
-    """Whether a packet holds a frame that is shown, as far as its container and VP8's header tell."""
-    # Bit 4 of a VP8 frame is show_frame (RFC 6386, 9.1).
-    hidden = codec == "vp8" and packet.size > 0 and not bytes(packet)[0] & 0x10
-    return packet.size > 0 and not packet.is_discard and not hidden
-
-
-def _proven_frames(video: OpenVideo, packets: Iterator[Packet], start_pts: int | None) -> Iterator[av.VideoFrame]:
-    """The frames of all shown packets, in order; with `start_pts`, those from there on.
-
-    Raises:
-        NotExactError: a frame belongs to no packet, or decoding cannot begin at `start_pts`.
-        DecodeError: `lost_frame`, a packet gives no frame.
-    """
-    due: list[int] = []
-    codec, began = codec_of(video), start_pts is None
-    last: av.VideoFrame | None = None
-    for packet in packets:
-        if is_shown(packet, codec):
-            if packet.pts is None:
-                raise NotExactError
-            if start_pts is None or packet.pts >= start_pts:
-                heapq.heappush(due, packet.pts)
-        for frame in frames_of(video, packet) if began else _first_frames(packet):
-            if start_pts is not None and frame.pts is not None and frame.pts < start_pts:
-                continue
-            if not due or frame.pts is None:
-                raise NotExactError
-            if (pts := heapq.heappop(due)) != frame.pts:
-                raise _missing(video, pts, last)
-            began, last = True, frame
-            yield frame
-    if due:
-        raise _missing(video, due[0], last)
-
-
-def _missing(video: OpenVideo, pts: int, last: av.VideoFrame | None) -> Exception:
-    """Why there is no frame for a packet: damage, where a packet in mid-stream cannot be anything but one frame."""
-    whole_frames = codec_of(video) in _FRAME_PER_PACKET and video.stream.codec_context.field_order in _PROGRESSIVE
-    if whole_frames and last is not None and not last.interlaced_frame:
-        return damage(
-            video.source, "lost_frame", f"the packet at {float(pts * video.tick_seconds):.3f} s gave no frame"
-        )
-    return NotExactError()
-
-
-def _first_frames(packet: Packet) -> list[av.VideoFrame]:
-    """A packet's frames; damage before the first frame after a jump may be the jump's fault."""
-    try:
-        frames = packet.decode()
-    except MemoryError:
-        raise
-    except av.FFmpegError as error:
-        raise NotExactError from error
-    if any(frame.is_corrupt for frame in frames):
-        raise NotExactError
-    return frames
 
 
 def _known_start(video: OpenVideo, packets: Iterator[Packet]) -> tuple[int | None, Iterator[Packet]]:
