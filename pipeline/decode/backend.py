@@ -10,7 +10,6 @@ Errors: damage before a window is complete is that window's DecodeError; windows
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -194,9 +193,9 @@ def decode_pieces(
     pieces = iter(pieces_of(window, piece_frames))
     filling = _piece(request, next(pieces), out)
     for frame, start, stop in _spans(request, backend, limits):
-        once = dataclasses.replace(frame, pixels=functools.cache(frame.pixels))
+        pixels = frame.pixels() if filling.shows(start, stop) else None
         # One frame may fill the rest of a piece and the beginning of the next one.
-        while filling.show(once, start, stop) and filling.missing == 0:
+        while pixels is not None and filling.show(pixels, frame.pts_seconds, start, stop):
             yield DecodedClip(filling.frames, filling.pts_seconds, backend.name)
             following = next(pieces, None)
             if following is None:
@@ -263,16 +262,19 @@ class _Filling:
         self.pts_seconds = np.zeros(window.num_frames)
         self.missing = window.num_frames
 
-    def show(self, frame: TimedFrame, start: int, stop: int) -> bool:
-        """Put the frame at positions [start, stop), as far as they lie in the window. Whether any do."""
-        first = max(start - self.window.start, 0)
-        last = min(stop - self.window.start, self.window.num_frames)
+    def shows(self, start: int, stop: int) -> bool:
+        """Whether any of the positions [start, stop) lie in the window."""
+        return max(start, self.window.start) < min(stop, self.window.start + self.window.num_frames)
+
+    def show(self, pixels: np.ndarray, pts_seconds: Fraction, start: int, stop: int) -> bool:
+        """Put a frame at positions [start, stop), as far as they lie in the window. Whether it is full now."""
+        first, last = max(start - self.window.start, 0), min(stop - self.window.start, self.window.num_frames)
         if first >= last:
             return False
-        self.frames[first:last] = frame.pixels()
-        self.pts_seconds[first:last] = float(frame.pts_seconds)
+        self.frames[first:last] = pixels
+        self.pts_seconds[first:last] = float(pts_seconds)
         self.missing -= last - first
-        return True
+        return self.missing == 0
 
 
 _Span = tuple[TimedFrame, int, int]
@@ -282,9 +284,12 @@ def _fill(fillings: Sequence[_Filling], spans: Iterator[_Span]) -> None:
     if not fillings:
         return
     for frame, start, stop in spans:
-        once = dataclasses.replace(frame, pixels=functools.cache(frame.pixels))
-        for filling in fillings:
-            filling.show(once, start, stop)
+        showing = [filling for filling in fillings if filling.shows(start, stop)]
+        if not showing:
+            continue
+        pixels = frame.pixels()
+        for filling in showing:
+            filling.show(pixels, frame.pts_seconds, start, stop)
         if not any(filling.missing for filling in fillings):
             return
 

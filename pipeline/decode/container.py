@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import IO
@@ -64,7 +65,7 @@ class OpenVideo:
         """One of CONTAINERS' values."""
         return CONTAINERS[self.container.format.name]
 
-    @property
+    @functools.cached_property
     def tick_seconds(self) -> Fraction:
         """The unit of the stream's timestamps."""
         return self.stream.time_base or Fraction(1, 1_000_000)
