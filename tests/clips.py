@@ -154,8 +154,11 @@ def _stored_picture(number: int, size: tuple[int, int], pixel_aspect: Fraction, 
     return np.ascontiguousarray(np.rot90(upright, rotation_degrees // 90)[:, columns])
 
 
-def trimmed_video(video: bytes, *, skip: int, container: str = "mp4") -> bytes:
-    """The same packets with an edit list that hides the first `skip` frames, as cutters without re-encoding write."""
+def trimmed_video(video: bytes, *, skip: int = 0, without: int | None = None, container: str = "mp4") -> bytes:
+    """The same packets with an edit list that hides the first `skip` frames, as cutters without re-encoding write.
+
+    Or without one of them, by its place in the file.
+    """
     buffer = io.BytesIO()
     with (
         av.open(io.BytesIO(video)) as source,
@@ -163,8 +166,8 @@ def trimmed_video(video: bytes, *, skip: int, container: str = "mp4") -> bytes:
     ):
         original = source.streams.video[0]
         copy = output.add_stream_from_template(original)
-        for packet in source.demux(original):
-            if packet.dts is None or packet.pts is None:
+        for place, packet in enumerate(source.demux(original)):
+            if packet.dts is None or packet.pts is None or place == without:
                 continue
             shift = skip * packet.duration
             packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy

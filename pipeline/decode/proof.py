@@ -6,8 +6,8 @@ Cost: some microseconds per packet. Of H.264 with B-frames about half of the fra
 Errors: NotExactError where the proof fails; DecodeError `lost_frame`, a packet gives no frame. FFmpeg's errors pass.
 
 The decoder has to return exactly one frame for every shown packet it is given, in the order of presentation times. A
-packet is left out where its frame is shown before the target and nothing is predicted from it: its NAL units say so
-(nal_ref_idc 0; ITU-T H.264, 7.4.1). Such a frame's index is known when its packet comes, since every later packet is
+packet is left out where its frame is shown before the target and nothing is predicted from it, as long as no picture is
+missing (pipeline.decode.references). Such a frame's index is known when its packet comes, since every later packet is
 decoded later and so shown later than that. A decoder that has to learn from such frames how many it must hold back, so
 as to give frames in order, is given them.
 """
@@ -23,7 +23,7 @@ import av
 
 from pipeline.decode.backend import damage
 from pipeline.decode.packets import frames_of
-from pipeline.decode.seek import is_disposable, nal_length_size
+from pipeline.decode.references import References
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -73,18 +73,22 @@ def proven_frames(
         is_before: what may be left out, if nothing is predicted from it.
 
     Raises:
-        NotExactError: a frame belongs to no packet, or decoding cannot begin at `start_pts`.
+        NotExactError: a frame belongs to no packet; or decoding cannot begin at `start_pts`; or a picture is missing
+            after packets were left out, where the decoder might not notice.
         DecodeError: `lost_frame`, a packet gives no frame.
     """
     due, codec = _Due(index), codec_of(video)
-    length_size = nal_length_size(codec, video.stream.codec_context.extradata or b"")
+    references = References(codec, video.stream.codec_context.extradata or b"")
     last: av.VideoFrame | None = None
     for packet in packets:
+        is_needed = references.needs(packet)
+        if due.has_left_out and not references.is_intact:
+            raise NotExactError
         if is_shown(packet, codec):
             if packet.pts is None:
                 raise NotExactError
             if start_pts is None or packet.pts >= start_pts:
-                if due.can_spare(packet, is_before) and is_disposable(codec, bytes(packet), length_size):
+                if not is_needed and due.can_spare(packet, is_before):
                     due.leave_out(packet.pts)
                     continue
                 due.add(packet.pts)
@@ -106,7 +110,9 @@ class _Due:
     """The time stamps of shown packets whose frames have not come yet, or will not since they were left out."""
 
     def __init__(self, index: int) -> None:
+        self.has_left_out = False  # a packet, ever
         self._index = index  # of the first of them
+        self._last: int | None = None  # the time stamp of the last frame that came
         self._times: list[int] = []  # a heap
         self._left_out: dict[int, int] = {}  # time stamp: index
 
@@ -116,6 +122,7 @@ class _Due:
 
     def leave_out(self, pts: int) -> None:
         """A packet does not."""
+        self.has_left_out = True
         self._left_out[pts] = self._index + sum(time < pts for time in self._times)
         heapq.heappush(self._times, pts)
 
@@ -126,6 +133,8 @@ class _Due:
         """
         pts, dts = packet.pts, packet.dts
         if pts is None or dts is None or pts > dts + (packet.duration or 0) or pts in self._times:
+            return False
+        if self._last is not None and pts < self._last:
             return False
         later = [time for time in self._times if time > pts]
         num_held = len(self._times) - len(self._left_out)
@@ -147,7 +156,7 @@ class _Due:
 
     def pop(self) -> int:
         """The index of the first frame, which has come."""
-        heapq.heappop(self._times)
+        self._last = heapq.heappop(self._times)
         self._index += 1
         return self._index - 1
 

@@ -18,14 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 from pipeline.decode.backend import TimedFrame, rounding
+from pipeline.decode.nal import nal_units
 from pipeline.decode.records import Grid
 
 # Frames that are decoded rather than jumped over: a jump costs a flush of the decoder and the frames in flight in it.
 MIN_JUMP_FRAMES = 12
 SEEKABLE_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "prores")
 
-_H264_SLICE, _H264_IDR, _H264_SEI, _SEI_RECOVERY_POINT = 1, 5, 6, 6
-_H264_DISPOSABLE = (_H264_SLICE, _H264_SEI, 9, 12)  # with a delimiter or filler data; all with nal_ref_idc 0
+_H264_IDR, _H264_SEI, _SEI_RECOVERY_POINT = 5, 6, 6
 _HEVC_IRAP = range(16, 22)
 
 
@@ -87,39 +87,19 @@ class KeyFrames:
         return reversed(self._keys[:stop])
 
 
-def nal_length_size(codec: str, extradata: bytes) -> int:
-    """Bytes of a NAL unit's length, from a decoder configuration record; 0 when units have start codes instead.
-
-    ISO/IEC 14496-15, 5.3.3.1 (avcC) and 8.3.3.1 (hvcC); a record begins with its version 1, start codes with 0.
-    """
-    place = 21 if codec == "hevc" else 4
-    return (extradata[place] & 3) + 1 if len(extradata) > place and extradata[0] == 1 else 0
-
-
 def is_clean_start(codec: str, data: bytes, length_size: int) -> bool:
     """Whether a key packet's pictures, and those shown after them, need nothing before it.
 
     Args:
         codec: FFmpeg's canonical name.
         data: the packet.
-        length_size: bytes of a NAL unit's length (ISO/IEC 14496-15, 5.2.4.1 and 8.3.2.1); 0 for start codes.
+        length_size: as `nal_units` takes it.
     """
     if codec == "h264":
-        return any(_is_h264_start(unit) for unit in _nal_units(data, length_size))
+        return any(_is_h264_start(unit) for unit in nal_units(data, length_size))
     if codec == "hevc":
-        return any(unit[0] >> 1 & 0x3F in _HEVC_IRAP for unit in _nal_units(data, length_size))
+        return any(unit[0] >> 1 & 0x3F in _HEVC_IRAP for unit in nal_units(data, length_size))
     return codec in SEEKABLE_CODECS
-
-
-def is_disposable(codec: str, data: bytes, length_size: int) -> bool:
-    """Whether nothing is predicted from a packet's picture, and nothing else is in it. Told of H.264 only.
-
-    HEVC's sub-layer non-reference pictures may be referred to by those of higher sub-layers.
-    """
-    if codec != "h264":
-        return False
-    kinds = [unit[0] for unit in _nal_units(data, length_size)]
-    return _H264_SLICE in kinds and all(kind in _H264_DISPOSABLE for kind in kinds)
 
 
 def _is_h264_start(unit: bytes) -> bool:
@@ -136,18 +116,3 @@ def _is_h264_start(unit: bytes) -> bool:
             return unit[position + 2] >> 6 == 0b11
         position += 2 + size
     return False
-
-
-def _nal_units(data: bytes, length_size: int) -> Iterator[bytes]:
-    if length_size == 0:
-        for unit in data.split(b"\x00\x00\x01"):
-            if unit.strip(b"\x00"):
-                yield unit
-        return
-    position = 0
-    while position + length_size < len(data):
-        size = int.from_bytes(data[position : position + length_size], "big")
-        position += length_size
-        if 0 < size <= len(data) - position:
-            yield data[position : position + size]
-        position += size

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import av
 
+from pipeline.decode.nal import length_size
 from pipeline.decode.packets import demuxed
 from pipeline.decode.proof import NotExactError, codec_of, is_progressive, is_shown, proven_frames
 from pipeline.decode.seek import (
@@ -32,7 +33,6 @@ from pipeline.decode.seek import (
     KeyFrames,
     Target,
     is_clean_start,
-    nal_length_size,
 )
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _known_start(video: OpenVideo, packets: Iterator[Packet]) -> tuple[int | Non
 
 def _is_clean(video: OpenVideo, packet: Packet) -> bool:
     codec = codec_of(video)
-    return is_clean_start(codec, bytes(packet), nal_length_size(codec, video.stream.codec_context.extradata or b""))
+    return is_clean_start(codec, bytes(packet), length_size(codec, video.stream.codec_context.extradata or b""))
 
 
 def _leading(video: OpenVideo, key: Packet, packets: Iterator[Packet]) -> tuple[list[Packet], int]:

@@ -63,6 +63,16 @@ def test_no_frame_is_spared_that_comes_later_than_the_decoder_waits():
     assert not due.can_spare(Packet(6, 6), before)  # two are shown later, one is held back
 
 
+def test_no_frame_is_spared_that_comes_after_one_that_is_shown_later():
+    due = due_after(4)
+    due.first(4)
+    due.pop()  # too early
+    for pts in (8, 6):
+        due.add(pts)
+    assert not due.can_spare(Packet(3, 3), before)  # the decoder would lose it, and that must be seen
+    assert due.can_spare(Packet(5, 5), before)
+
+
 def test_frames_that_are_left_out_count():
     due = due_after(0, 4, index=20)
     assert (due.first(0), due.pop()) == (0, 20)

@@ -14,7 +14,7 @@ from pipeline.decode.backend import decode_windows, decode_with
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pyav import PyAVBackend
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, Window
-from pipeline.decode.seek import KeyFrame, KeyFrames, Target, is_clean_start, is_disposable, targets
+from pipeline.decode.seek import KeyFrame, KeyFrames, Target, is_clean_start, targets
 from pipeline.errors import DecodeError
 from tests.clips import numbered_video, read_number, stored, trimmed_video
 from tests.conformance_broken import patched
@@ -176,6 +176,20 @@ def test_damage_where_nothing_is_decoded_fails_the_windows_that_show_it_and_no_o
         assert [isinstance(outcome, DecodedClip) for outcome in others] in ([], [False, True])
 
 
+@pytest.mark.parametrize("container", ["mp4", "mpegts"])
+def test_a_lost_picture_is_noticed_where_those_predicted_from_it_are_left_out(container, tmp_path):
+    video = numbered_video(60, codec_options=LONG_GOP)
+    with av.open(io.BytesIO(video)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    lost = next(place for place, packet in enumerate(packets) if place >= 12 and packet[4] >> 5 == 2)
+    source = stored(tmp_path, trimmed_video(video, without=lost, container=container))
+    for windows in ([(20, 3)], [(40, 3)], [(50, 3), (30, 1)]):
+        request = request_of(source, *windows)
+        outcomes = decode_windows(request, LIMITS)
+        assert_same(outcomes, decode_with(Sequential(), request, LIMITS))
+        assert all(isinstance(outcome, DecodeError) for outcome in outcomes)
+
+
 def test_a_late_window_of_an_mp4_decodes_nothing_before_its_key_frame(tmp_path, decoded):
     (late,) = decode_windows(request_of(stored(tmp_path, numbered_video(NUM_FRAMES)), (192, 5)), LIMITS)
     assert [read_number(frame) for frame in late.frames] == list(range(192, 197))
@@ -248,27 +262,6 @@ def test_clean_starts_are_told_by_their_nal_units(codec, units, clean):
     assert is_clean_start(codec, b"".join(len(unit).to_bytes(4, "big") + unit for unit in units), 4) is clean
     assert is_clean_start(codec, b"".join(b"\x00\x00\x00\x01" + unit for unit in units), 0) is clean
     assert not is_clean_start("h264", b"\x00\x00\x00", 4)
-
-
-@pytest.mark.parametrize(
-    ("units", "disposable"),
-    [
-        ([b"\x01\x9e"], True),
-        ([b"\x09\xf0", b"\x06\x01\x01\x34\x80", b"\x01\x9e", b"\x01\x9e"], True),
-        ([NON_IDR], False),
-        ([b"\x01\x9e", NON_IDR], False),
-        ([b"\x21\x9e"], False),
-        ([IDR], False),
-        ([b"\x67\x64", b"\x01\x9e"], False),
-        ([b"\x02\x9e"], False),  # data partitions
-        ([b"\x09\xf0"], False),
-        ([], False),
-    ],
-)
-def test_packets_that_nothing_refers_to_are_told_by_their_nal_units(units, disposable):
-    assert is_disposable("h264", b"".join(len(unit).to_bytes(4, "big") + unit for unit in units), 4) is disposable
-    assert is_disposable("h264", b"".join(b"\x00\x00\x00\x01" + unit for unit in units), 0) is disposable
-    assert not is_disposable("hevc", b"\x00\x00\x00\x02\x01\x9e", 4)
 
 
 def test_targets_and_the_key_frames_before_them():
