@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from jobs.device import job_device
 from jobs.flags import EngineFlags
 from jobs.index import index_shards
 from jobs.prepare import describe_encoder, make_plan, make_recipe, ready_encoder
@@ -30,7 +31,7 @@ from pipeline.account import Account, close_books, open_books, take_account, uni
 from pipeline.controller import Controller, Policy, judge_failures
 from pipeline.decode.pool import ProcessPool
 from pipeline.engine import Engine, Interrupted, run
-from pipeline.errors import JobError, LatentmillError, UsageError
+from pipeline.errors import LatentmillError, UsageError
 from pipeline.index import list_fragments, read_fragment
 from pipeline.plan import Plan
 from pipeline.shards import ShardRef
@@ -136,7 +137,7 @@ def _engine(
     storage: Storage, plan: Plan, source: str, flags: EngineFlags, pool: ProcessPool | None
 ) -> Iterator[tuple[Engine, str]]:
     """The engine, and the device of its encoders."""
-    device = choose_device(flags.device) if flags.local else _cluster_device(flags)
+    device = job_device(flags.device, flags)
     is_fallback = flags.device == "auto" and device == "cpu"
     hint = " (--device auto found no GPU; --device cuda insists on one)" if is_fallback else ""
     print(f"encode: the encoder runs on {device}{hint}", file=sys.stderr)
@@ -150,26 +151,6 @@ def _engine(
     finally:
         gc.unfreeze()
         engine.close()
-
-
-def _cluster_device(flags: EngineFlags) -> str:
-    """The device that a flag means on the cluster, which is joined for this.
-
-    Raises:
-        JobError: cuda is asked for, and the cluster is this machine, which has no GPU: none will ever come.
-    """
-    from jobs.ray_cluster import cluster_resource, connect
-
-    connect(flags)
-    has_gpu = cluster_resource("GPU") > 0
-    if flags.device == "auto":
-        return "cuda" if has_gpu else "cpu"
-    if flags.device == "cuda" and not has_gpu and not flags.cluster_address:
-        raise JobError(
-            "--device cuda: Ray finds no GPU on this machine; use --device cpu, or name a cluster that has some with "
-            "--ray-address"
-        )
-    return flags.device
 
 
 def _local_engine(
@@ -190,9 +171,10 @@ def _local_engine(
 
 
 def _ray_engine(storage: Storage, source: str, flags: EngineFlags, device: str) -> Engine:
-    from jobs.ray_cluster import cluster_nodes, node_share
+    from jobs.ray_cluster import cluster_nodes, connect, node_share
     from jobs.ray_engine import RayEngine, WorkerSpec
 
+    connect(flags)
     share = node_share(cluster_nodes(), flags, on_gpu=device == "cuda")
     print(f"encode: {share.told(flags)}", file=sys.stderr)
     return RayEngine(
@@ -207,22 +189,6 @@ def _ray_engine(storage: Storage, source: str, flags: EngineFlags, device: str) 
         ),
         flags,
     )
-
-
-def choose_device(name: str) -> str:
-    """The device that a flag means on this machine.
-
-    Raises:
-        UsageError: cuda is asked for, and there is none.
-    """
-    if name == "cpu":
-        return name
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
-        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu, or auto")
-    return "cuda" if has_cuda else "cpu"
 
 
 class _Stop:

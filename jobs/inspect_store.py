@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from jobs.encode import choose_device
+from jobs.device import local_device
+from jobs.flags import Device
 from jobs.prepare import open_encoder
 from jobs.store_config import Reconstruct, Status, Verify
 from models.spec import VideoEncoder
@@ -107,10 +108,10 @@ def _table(comparisons: Sequence[Any], worst: int) -> Iterator[str]:
         yield f"  worst: {result.key} (row {result.row}): {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
 
 
-def load_store_encoder(header: Header, source: str | None, device: str) -> VideoEncoder:
+def load_store_encoder(header: Header, source: str | None, device: Device) -> VideoEncoder:
     """The store's encoder, from where it lies now or lay then, checked by its fingerprint; `device` as in --device."""
     place = source or header.encoder_source
-    encoder = open_encoder(place, choose_device(device), header.recipe.encode.compute_dtype)
+    encoder = open_encoder(place, local_device(device), header.recipe.encode.compute_dtype)
     require_encoder_of(header, place, encoder.card.fingerprint)
     return encoder
 

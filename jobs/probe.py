@@ -45,10 +45,10 @@ def estimate(storage: Storage, recipe: Recipe, source: str, price: Price, flags:
     """Lines for people."""
     import torch
 
-    from jobs.encode import choose_device
+    from jobs.device import local_device
 
     torch.set_num_threads(flags.encode_threads)
-    device = choose_device(flags.device)
+    device = local_device(flags.device)
     encoder = open_encoder(source, device, recipe.encode.compute_dtype)
     plan = load_plan(storage, recipe)
     trials: dict[Bucket, Trial] = {}

@@ -16,6 +16,7 @@ from typing import Literal
 from jobs.cores import usable_cores
 from jobs.flags import (
     ConfigFile,
+    Device,
     Shards,
     require_positive,
 )
@@ -79,7 +80,7 @@ class BenchModel(ConfigFile):
     """What to call this machine in the file's name."""
     models: tuple[str, ...] = ()
     """Presets and released configs to measure; default: all."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where the models run; auto takes CUDA when there is one."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Types to compute in."""
@@ -117,7 +118,7 @@ class BenchEncode(ConfigFile):
     balanced (as fast as all cores decode), decode-bound (3 times as fast), encode-bound (a third); that compute:
     tiny-vae, wan-2.1 (a sixth of its width) and, for a GPU, base-4x8x8x16, base-4x16x16x48, base-8x32x32x128,
     wan-2.1-full and ltx-0.9-full."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where encoders compute; auto takes CUDA when there is one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """What they compute in."""

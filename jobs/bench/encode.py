@@ -30,7 +30,7 @@ from jobs.bench.config import BenchEncode
 from jobs.bench.encode_report import faults, to_markdown
 from jobs.bench.encode_runs import Job, bare, bare_encoder, bare_stages, run_contender, samples_of, store_with_plan
 from jobs.bench.encode_sets import REAL, SETS, SLEEPING, write_tars
-from jobs.encode import choose_device
+from jobs.device import local_device
 from jobs.rehearsal import is_rehearsal
 from pipeline.errors import UsageError
 
@@ -49,7 +49,7 @@ def run_bench_encode(command: BenchEncode) -> int:
     videos = Path(tempfile.gettempdir()) / "latentmill-bench"
     videos.mkdir(exist_ok=True)
     path = command.output / f"encode_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}.json"
-    device = choose_device(command.device)
+    device = local_device(command.device)
     result: Json = {"about": _about(command, device), "cases": []}
     with _held_to(command.cores):
         for case in command.cases:

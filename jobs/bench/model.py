@@ -23,7 +23,7 @@ from typing import Any
 
 from jobs.bench.about import about, device_name
 from jobs.bench.config import BenchModel
-from jobs.encode import choose_device
+from jobs.device import local_device
 from models.config import PRESETS
 from models.pretrained import real_configs
 from pipeline.errors import UsageError
@@ -44,7 +44,7 @@ def run_bench_model(command: BenchModel) -> int:
         raise UsageError(f"--models {' '.join(unknown)}: use some of {', '.join(known)}")
     if not command.output.is_dir():
         raise UsageError(f"--output {command.output} is no directory: make it first")
-    device = choose_device(command.device)
+    device = local_device(command.device)
     path = command.output / f"model_{command.hardware}_{dt.datetime.now(dt.UTC):%Y-%m-%d}.json"
     result: Json = {"about": _about(command, device), "rows": [], "lengths": []}
     for kind, row in _all_rows(command, device, command.models or known):

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from jobs.encode import choose_device
+from jobs.device import local_device
 from jobs.evaluate.clip_codecs import open_codec
 from jobs.evaluate.clips import IndexedShards, decode_clips, spread
 from jobs.evaluate.config import Evaluate, EvaluateSettings
@@ -75,7 +75,7 @@ def evaluate_encoder(
         UsageError: the encoder or a network cannot be loaded, or the flags do not fit it. FailureLimitError: no
             held-out clip could be judged; the message says why.
     """
-    device = choose_device(settings.device)
+    device = local_device(settings.device)
     codec = open_codec(source, settings.dtype, device, settings.compute_dtype)
     recipe = make_recipe(_recipe_flags(source, settings), codec.encoder.card)
     fitted = Fitted.to(baseline, held_out, codec, recipe, decoders, settings.baseline_clips)

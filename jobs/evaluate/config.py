@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from jobs.cores import usable_cores
-from jobs.flags import ConfigFile, DecodeFlags, Shards, require_positive
+from jobs.flags import ConfigFile, DecodeFlags, Device, Shards, require_positive
 from pipeline.buckets import BucketConfig
 from pipeline.decode.records import DecoderName
 from pipeline.filters import FilterConfig
@@ -36,7 +35,7 @@ class EvaluateSettings:
     """Latents are rounded to this type, as a store keeps them, before they are decoded; rates count its bits."""
     compute_dtype: ComputeDtype = "float32"
     """Type the encoder computes in."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where the networks run; auto takes CUDA when there is one."""
     baseline_clips: int = 256
     """Fit PCA and the ELBO's likelihood to so many clips of --baseline-shards, evenly over them."""

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.device import job_device
 from jobs.index import index_shards
 from jobs.train.checkpoints import Checkpoints, read_finished, require_same_flags
 from jobs.train.config import Train
@@ -158,12 +159,12 @@ def _make_job(
         seconds=seconds,
         shard_ids=tuple(shard.shard_id for shard in shards),
         held_out_ids=tuple(shard.shard_id for shard in held_out),
-        device=_device(command),
+        device=job_device(command.engine.device, command.engine),
     )
 
 
 def _check_shards(job: TrainJob, storage: Storage) -> None:
-    """Refuse, before anything is started, shards that have no clip for some stage."""
+    """Refuse, before a rank is started, shards that have no clip for some stage."""
     for shard_ids in filter(None, (job.shard_ids, job.held_out_ids)):
         for stage in job.stages:
             next(dataclasses.replace(job, stages=(stage,)).last_stage(storage, shard_ids).batches())
@@ -174,19 +175,6 @@ def _log_directory(command: Train) -> Path:
     if is_remote(command.run_url):
         return Path(f"{command.output}.log").absolute()
     return Path(command.run_url).absolute() / "log"
-
-
-def _device(command: Train) -> str:
-    from jobs.encode import choose_device
-
-    if command.engine.local:
-        return choose_device(command.engine.device)
-    if command.engine.device != "auto":
-        return command.engine.device
-    from jobs.ray_cluster import cluster_resource, connect
-
-    connect(command.engine)
-    return "cuda" if cluster_resource("GPU") else "cpu"
 
 
 def _run(job: TrainJob) -> None:

@@ -17,6 +17,7 @@ import tyro
 from jobs.cores import usable_cores
 from jobs.flags import (
     ConfigFile,
+    Device,
     PlacementFlags,
     Shards,
     StoreFlags,
@@ -99,7 +100,7 @@ class RankFlags(PlacementFlags):
     """Ranks that train together, each on its part of every batch (one GPU each with --device cuda)."""
     threads: int = dataclasses.field(default_factory=usable_cores)
     """CPU threads of a rank."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where ranks train; auto takes CUDA when there is one."""
     max_restarts: int = 10
     """How often ranks that died are started again, from the last checkpoint, before the job ends with an error."""

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from jobs import encode, ray_cluster, ray_engine
+from jobs import encode, ray_engine
 from jobs.__main__ import main
 from jobs.flags import EngineFlags
 from pipeline.errors import JobError
@@ -116,43 +116,6 @@ def test_cuda_where_there_is_none_is_refused_in_one_line(
     assert "UsageError: --device cuda: torch finds no CUDA device here; use --device cpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "is_there", "device"),
-    [("auto", False, "cpu"), ("auto", True, "cuda"), ("cuda", True, "cuda"), ("cpu", True, "cpu")],
-)
-def test_the_device_of_this_machine(monkeypatch: pytest.MonkeyPatch, name: str, is_there: bool, device: str) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: is_there)
-    assert encode.choose_device(name) == device
-
-
-@pytest.fixture
-def cluster_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What the cluster has, which no test needs to start."""
-    resources = {"GPU": 0.0}
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray_cluster, "connect", lambda flags: None)
-    monkeypatch.setattr(ray_cluster, "cluster_resource", lambda name: resources[name])
-    return resources
-
-
-@pytest.mark.parametrize(
-    ("flag", "gpus", "device"), [("auto", 0, "cpu"), ("auto", 8, "cuda"), ("cuda", 8, "cuda"), ("cpu", 8, "cpu")]
-)
-def test_the_cluster_says_what_auto_means(cluster_gpus: dict[str, float], flag: Any, gpus: int, device: str) -> None:
-    cluster_gpus["GPU"] = float(gpus)
-    assert encode._cluster_device(EngineFlags(device=flag)) == device
-
-
-def test_a_gpu_may_still_come_to_a_cluster_that_is_joined_but_not_to_this_machine(
-    cluster_gpus: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(JobError, match=r"--device cuda: Ray finds no GPU on this machine; .*--ray-address"):
-        encode._cluster_device(EngineFlags(device="cuda"))
-    assert encode._cluster_device(EngineFlags(device="cuda", ray_address="head:6379")) == "cuda"
-    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert encode._cluster_device(EngineFlags(device="cuda")) == "cuda"
-
-
 def test_workers_beyond_the_units_get_no_share_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[EngineFlags] = []
 
@@ -161,7 +124,7 @@ def test_workers_beyond_the_units_get_no_share_of_a_node(tmp_path: Path, monkeyp
         raise JobError("enough was seen")
 
     monkeypatch.setattr(encode, "_ray_engine", ray_engine)
-    monkeypatch.setattr(encode, "_cluster_device", lambda flags: "cpu")
+    monkeypatch.setattr(encode, "job_device", lambda name, flags: "cpu")
     tar, store = shard(tmp_path, a=numbered_video(30)), str(tmp_path / "store")
     assert main(["index", tar, "--store", store, "--local", "--decode-workers", "1"]) == 0
     assert main(["encode", "--store", store, *RECIPE, *WINDOWS, "--workers", "5"]) == 1
