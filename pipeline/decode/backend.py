@@ -2,9 +2,10 @@
 
 In:   a Backend's frames in presentation order, a DecodeRequest.
 Out:  one DecodeOutcome per window; each wanted frame is converted once, however many windows and positions share it.
-Cost: one sequential pass from the first frame to the last wanted one; besides the outcomes, two frames of memory.
+Cost: one sequential pass from the first frame to the last wanted one, or to what a back end that seeks finds before
+    each window; besides the outcomes, two frames of memory.
 Errors: damage before a window is complete is that window's DecodeError; windows completed before it succeed. Damage
-    counts even when it lies between windows: later frames may be predicted from it.
+    counts even when it lies between windows, in frames that are decoded: later ones may be predicted from it.
 """
 
 from __future__ import annotations

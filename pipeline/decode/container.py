@@ -70,6 +70,12 @@ class OpenVideo:
         """The unit of the stream's timestamps."""
         return self.stream.time_base or Fraction(1, 1_000_000)
 
+    def packets(self) -> Iterator[av.Packet[VideoStream]]:
+        """The stream's packets in the file's order, and the empty one that ends it."""
+        # PyAV 18.1 may fail so after the last one, where FFmpeg met streams that the file did not begin with.
+        with contextlib.suppress(IndexError):
+            yield from self.container.demux(self.stream)
+
     @property
     def pixel_aspect(self) -> Fraction:
         """Width over height of a pixel; 1 when not told. After `header_only`, true once a frame is decoded."""

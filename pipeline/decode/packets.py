@@ -36,11 +36,11 @@ def demuxed(video: OpenVideo) -> Iterator[Packet]:
         return _linked(video)
     if video.container_name == "mkv":
         return _understood(video)
-    return video.container.demux(video.stream)
+    return video.packets()
 
 
 def _continuous(video: OpenVideo, transport_stream: CheckedTransportStream) -> Iterator[Packet]:
-    packets = video.container.demux(video.stream)
+    packets = video.packets()
     held, start = next(packets, None), 0
     while held is not None:
         following = next(packets, None)
@@ -63,7 +63,7 @@ def _linked(video: OpenVideo) -> Iterator[Packet]:
 
 
 def _understood(video: OpenVideo) -> Iterator[Packet]:
-    packets = video.container.demux(video.stream)
+    packets = video.packets()
     while True:
         with complaints() as heard:
             packet = next(packets, None)

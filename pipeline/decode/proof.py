@@ -1,15 +1,17 @@
 """The proof that every frame of a video is the one it is taken for, and which packets can be left out on the way.
 
-In:   an open video, its packets from a clean start on, the Target that is to be reached.
+In:   an open video, its packets from a clean start on; of a frame, whether those before it may be left out.
 Out:  (index, frame) in presentation order.
 Cost: some microseconds per packet. Of H.264 with B-frames about half of the frames before a target are not decoded.
 Errors: NotExactError where the proof fails; DecodeError `lost_frame`, a packet gives no frame. FFmpeg's errors pass.
 
-The decoder has to return exactly one frame for every shown packet it is given, in the order of presentation times. A
-packet is left out where its frame is shown before the target and nothing is predicted from it, as long as no picture is
-missing (pipeline.decode.references). Such a frame's index is known when its packet comes, since every later packet is
-decoded later and so shown later than that. A decoder that has to learn from such frames how many it must hold back, so
-as to give frames in order, is given them.
+The decoder has to return exactly one frame for every shown packet it is given, in the order of presentation times.
+
+A packet is left out where its frame is shown before what is wanted and nothing is predicted from it, as long as no
+picture is missing (pipeline.decode.references), and not before the first frame, until which a decoder's complaints do
+not count. Such a frame's index is known when its packet comes, since every later packet is decoded later and so shown
+later than that. A decoder that has to learn from such frames how many it must hold back, so as to give frames in order,
+is given them.
 """
 
 from __future__ import annotations
@@ -43,6 +45,10 @@ class NotExactError(Exception):
     """This video's frames cannot be told apart by its packets."""
 
 
+class MissingPictureError(NotExactError):
+    """A picture is missing after packets were left out, so that the decoder may not notice: it must be given all."""
+
+
 def codec_of(video: OpenVideo) -> str:
     """FFmpeg's canonical name."""
     return video.stream.codec_context.codec.canonical_name
@@ -73,37 +79,41 @@ def proven_frames(
         is_before: what may be left out, if nothing is predicted from it.
 
     Raises:
-        NotExactError: a frame belongs to no packet; or decoding cannot begin at `start_pts`; or a picture is missing
-            after packets were left out, where the decoder might not notice.
+        NotExactError: a frame belongs to no packet, or decoding cannot begin at `start_pts`.
+        MissingPictureError: only where packets were left out.
         DecodeError: `lost_frame`, a packet gives no frame.
     """
     due, codec = _Due(index), codec_of(video)
     references = References(codec, video.stream.codec_context.extradata or b"")
     last: av.VideoFrame | None = None
     for packet in packets:
-        is_needed = references.needs(packet)
+        is_needed = references.follow(packet)
         if due.has_left_out and not references.is_intact:
-            raise NotExactError
+            raise MissingPictureError
+        began = start_pts is None or last is not None
         if is_shown(packet, codec):
             if packet.pts is None:
                 raise NotExactError
             if start_pts is None or packet.pts >= start_pts:
-                if not is_needed and due.can_spare(packet, is_before):
+                if began and not is_needed and due.can_spare(packet, is_before):
                     due.leave_out(packet.pts)
                     continue
                 due.add(packet.pts)
-        began = start_pts is None or last is not None
         for frame in frames_of(video, packet) if began else _first_frames(packet):
             if start_pts is not None and frame.pts is not None and frame.pts < start_pts:
                 continue
-            if frame.pts is None or (pts := due.first(frame.pts)) is None:
+            if frame.pts is None:
                 raise NotExactError
-            if pts != frame.pts:
-                raise _missing(video, pts, last)
+            due.drop_left_out(frame.pts)
+            if due.first is None:
+                raise NotExactError
+            if due.first != frame.pts:
+                raise _missing(video, due.first, last)
             last = frame
             yield due.pop(), frame
-    if (pts := due.first(sys.maxsize)) is not None:
-        raise _missing(video, pts, last)
+    due.drop_left_out(sys.maxsize)
+    if due.first is not None:
+        raise _missing(video, due.first, last)
 
 
 class _Due:
@@ -142,16 +152,20 @@ class _Due:
             return False
         return is_before(self._index + len(self._times) - len(later) + 1, min(later))
 
-    def first(self, pts: int) -> int | None:
-        """The first time stamp, once those before `pts` that were left out are gone.
+    def drop_left_out(self, before_pts: int) -> None:
+        """Forget the first ones, as far as they were left out.
 
         Raises:
             NotExactError: one of them had another index than was thought.
         """
-        while self._times and self._times[0] < pts and self._times[0] in self._left_out:
+        while self._times and self._times[0] < before_pts and self._times[0] in self._left_out:
             if self._left_out.pop(heapq.heappop(self._times)) != self._index:
                 raise NotExactError
             self._index += 1
+
+    @property
+    def first(self) -> int | None:
+        """The first time stamp."""
         return self._times[0] if self._times else None
 
     def pop(self) -> int:

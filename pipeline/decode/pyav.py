@@ -1,4 +1,4 @@
-"""The PyAV back end: FFmpeg's demuxers and decoders, sequential, one thread.
+"""The PyAV back end: FFmpeg's demuxers and decoders, one thread; all frames in sequence, or those near what is wanted.
 
 In:   a byte range that holds a video.
 Out:  MediaInfo; frames in presentation order.
@@ -6,7 +6,8 @@ Cost: `probe` of an mp4 or mov reads headers and one frame; of anything else all
     Decoding holds the decoder's reference frames; FFmpeg's index of an mp4 takes up to 100 bytes per frame, 9 MB for
     an hour at 25 fps.
 Errors: DecodeError `not_media`, `no_video_stream`, `too_large`, `unsupported_alpha`, `unsupported_rotation`,
-    `decode_error`, `corrupt_frame`, `size_change`, `no_timestamps`; ShardError and UnitError from the storage.
+    `decode_error`, `corrupt_frame`, `lost_frame`, `lost_packets`, `size_change`, `no_timestamps`,
+    `unordered_timestamps`; ShardError and UnitError from the storage.
 
 Packets are counted as frames, except VP8's hidden ones. Two containers' habits are beyond that and make the count too
 high: interlaced H.264 with one field per packet, and MPEG-4 in AVI with packed B-frames. There the last windows end as
@@ -16,6 +17,7 @@ high: interlaced H.264 with one field per packet, and MPEG-4 in AVI with packed 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
@@ -28,7 +30,7 @@ from pipeline.decode.container import OpenVideo, open_video
 from pipeline.decode.fit import FrameFitter, Orientation, display_size, fitter_of
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.packets import demuxed, frames_of
-from pipeline.decode.proof import NotExactError, codec_of, is_shown
+from pipeline.decode.proof import MissingPictureError, NotExactError, codec_of, is_shown
 from pipeline.decode.records import ClipShape, Grid, MediaInfo, MediaSource
 from pipeline.decode.seek import Target, targets
 from pipeline.decode.seek_pyav import SEEKABLE_CONTAINERS, SeekingWalk
@@ -56,21 +58,35 @@ class PyAVBackend:
         self, source: MediaSource, shape: ClipShape, limits: DecodeLimits, grid: Grid, positions: Sequence[range]
     ) -> Iterator[TimedFrame]:
         done = -1
-        try:
-            for frame in self._proven_frames(source, shape, limits, grid, positions):
-                done = frame.index
-                yield frame
-        except NotExactError:
-            yield from (frame for frame in self.frames(source, shape, limits) if frame.index > done)
+        proven = functools.partial(self._proven_frames, source, shape, limits, grid, positions)
+        attempts = [proven(leaves_out=True), proven(leaves_out=False), self.frames(source, shape, limits)]
+        while attempts:
+            try:
+                for frame in attempts.pop(0):
+                    if frame.index > done:
+                        done = frame.index
+                        yield frame
+                attempts.clear()
+            except MissingPictureError:
+                continue
+            except NotExactError:
+                del attempts[:-1]
 
     def _proven_frames(
-        self, source: MediaSource, shape: ClipShape, limits: DecodeLimits, grid: Grid, positions: Sequence[range]
+        self,
+        source: MediaSource,
+        shape: ClipShape,
+        limits: DecodeLimits,
+        grid: Grid,
+        positions: Sequence[range],
+        *,
+        leaves_out: bool,
     ) -> Iterator[TimedFrame]:
         last = Target.at(grid, positions[-1][-1])
         with open_video(source, limits, header_only=True) as video:
             if video.container_name not in SEEKABLE_CONTAINERS:
                 raise NotExactError
-            walk = SeekingWalk(video, last, lambda: open_video(source, limits))
+            walk = SeekingWalk(video, last, lambda: open_video(source, limits), leaves_out=leaves_out)
             frames = _timed(video, _checked(video, walk), shape, limits, walk.first_pts)
             yield from _up_to_each(targets(grid, positions), frames, walk)
             yield from frames
@@ -171,7 +187,7 @@ def _first_decoded(video: OpenVideo) -> av.VideoFrame | None:
     """What the first packet shows, if the decoder needs no other: it is not waited for frames to be put before it."""
     decoder = video.stream.codec_context
     decoder.options = {"skip_loop_filter": "all"}  # its pixels do not matter
-    packet = next(iter(video.container.demux(video.stream)))
+    packet = next(video.packets())
     frames = packet.decode() or (decoder.decode(None) if packet.size else [])
     return frames[0] if frames else None
 
@@ -184,7 +200,7 @@ def _indexed_info(video: OpenVideo, frame: av.VideoFrame) -> MediaInfo:
 def _probe(video: OpenVideo, limits: DecodeLimits) -> MediaInfo:
     tally = _Tally(video)
     frame = None
-    for packet in video.container.demux(video.stream):
+    for packet in video.packets():
         if frame is None:
             frame = next(iter(packet.decode()), None)
         if video.is_indexed and frame is not None:

@@ -50,8 +50,8 @@ class References:
         self.is_intact &= parameters is not None and self._parameters in (None, parameters)
         self._parameters = parameters
 
-    def needs(self, packet: SupportsBytes) -> bool:
-        """Whether others need the next packet, or may need it: all do once a picture is missing."""
+    def follow(self, packet: SupportsBytes) -> bool:
+        """Take the next packet. Whether others need it, or may need it: all do once a picture is missing."""
         if not (self.is_intact and (data := bytes(packet))):
             return True
         units = list(nal_units(data, self._length_size))
@@ -94,7 +94,6 @@ class SequenceParameters:
     """
 
     frame_num_bits: int
-    has_colour_planes: bool
     may_have_gaps: bool
     may_have_fields: bool
 
@@ -105,14 +104,15 @@ class SequenceParameters:
         try:
             profile = bits.fixed(24) >> 16
             bits.unsigned()
-            has_colour_planes = profile in _WITH_CHROMA_FORMAT and _read_chroma_format(bits)
+            if profile in _WITH_CHROMA_FORMAT:
+                _read_chroma_format(bits)
             frame_num_bits = bits.unsigned() + 4
             _read_order_count(bits)
             bits.unsigned()
             may_have_gaps = bool(bits.fixed(1))
             bits.unsigned()
             bits.unsigned()
-            return cls(frame_num_bits, has_colour_planes, may_have_gaps, may_have_fields=not bits.fixed(1))
+            return cls(frame_num_bits, may_have_gaps, may_have_fields=not bits.fixed(1))
         except EOFError:
             return None
 
@@ -122,17 +122,15 @@ class SequenceParameters:
         try:
             for _ in range(3):
                 bits.unsigned()
-            if self.has_colour_planes:
-                bits.fixed(2)
             return bits.fixed(self.frame_num_bits)
         except EOFError:
             return None
 
 
-def _read_chroma_format(bits: _Bits) -> bool:
-    """Whether each colour plane has slices of its own."""
+def _read_chroma_format(bits: _Bits) -> None:
     chroma_format = bits.unsigned()
-    has_colour_planes = chroma_format == 3 and bool(bits.fixed(1))
+    if chroma_format == 3:
+        bits.fixed(1)  # separate colour planes: a picture then has three first slices, and is not understood
     bits.unsigned()
     bits.unsigned()
     bits.fixed(1)
@@ -140,7 +138,6 @@ def _read_chroma_format(bits: _Bits) -> bool:
         for matrix in range(12 if chroma_format == 3 else 8):
             if bits.fixed(1):
                 _read_scaling_list(bits, 16 if matrix < 6 else 64)
-    return has_colour_planes
 
 
 def _read_scaling_list(bits: _Bits, size: int) -> None:

@@ -3,14 +3,14 @@
 In:   an open video, Targets.
 Out:  (index, frame) in presentation order, the same that decoding all of it gives.
 Cost: mp4 and mov: a seek per jump, by the header's index, and nothing decoded before the first one. Other containers:
-    two passes over the packets up to the last target, of which only those between a key frame and its target are
-    decoded.
-Errors: NotExactError where the proof fails: the caller decodes from the start. FFmpeg's errors pass.
+    two passes over the packets up to the last target. Decoded are at most those between a key frame and its target.
+Errors: NotExactError where the proof fails: the caller decodes from the start; MissingPictureError: the caller decodes
+    without leaving frames out. FFmpeg's errors pass.
 
 The proof: a key packet is found again by its time stamp and is a clean start (pipeline.decode.seek). Its index is the
 number of shown packets before it in the file, plus its leading ones, which come after it and are shown before it. From
-there the decoder has to return exactly one frame for every shown packet, in the order of presentation times. Frame 0
-need not be decoded to know its time where the first packet is a clean start without leading ones.
+there on pipeline.decode.proof tells frames apart. Frame 0 need not be decoded to know its time where the first packet
+is a clean start without leading ones.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _MAX_ATTEMPTS = 8
 
 
 class SeekingWalk:
-    """A video's frames, from the first on; `approach` jumps ahead.
+    """A video's frames, from the first on; once `approach` was called, it may jump ahead and leave frames out.
 
     first_pts: when the first frame is shown. None until it is decoded, unless the packets tell by themselves.
 
@@ -60,10 +60,20 @@ class SeekingWalk:
         video: freshly opened.
         last: nothing beyond it will be approached.
         reopen: opens the same video once more, for a pass over its packets.
+        leaves_out: frames before a target may be left out, if nothing is predicted from them.
     """
 
-    def __init__(self, video: OpenVideo, last: Target, reopen: Callable[[], AbstractContextManager[OpenVideo]]) -> None:
+    def __init__(
+        self,
+        video: OpenVideo,
+        last: Target,
+        reopen: Callable[[], AbstractContextManager[OpenVideo]],
+        *,
+        leaves_out: bool,
+    ) -> None:
         self._video, self._last, self._reopen = video, last, reopen
+        # FFmpeg guesses when mkv's packets are decoded.
+        self._leaves_out = leaves_out and video.container_name != "mkv"
         self.first_pts, self._packets = _known_start(video, demuxed(video))
         self._target: Target | None = None
         self._frames = proven_frames(video, self._packets, None, 0, self._is_before)
@@ -90,7 +100,7 @@ class SeekingWalk:
         return (frame.width, frame.height) == self._header_size and not frame.interlaced_frame
 
     def approach(self, target: Target) -> None:
-        """Go on at the last key frame before the target, when that leaves out enough to pay.
+        """Leave out frames before the target; go on at the last key frame before it, when that saves enough to pay.
 
         Raises:
             NotExactError: none of the key frames before the target is a clean start.
@@ -152,8 +162,7 @@ class SeekingWalk:
 
     def _is_before(self, index: int, pts: int) -> bool:
         """Whether a frame is shown no later than the target, so that those before it need not be decoded for it."""
-        has_dts = self._video.container_name != "mkv"  # where FFmpeg guesses them
-        if self._target is None or not self._is_plain or not has_dts:
+        if self._target is None or not self._leaves_out:
             return False
         return self._target.is_after(index, (pts - self._first_pts) * self._tick)
 
@@ -233,7 +242,7 @@ def _keys_of_packets(video: OpenVideo, is_beyond: Callable[[int, int], bool]) ->
     keys: list[KeyFrame] = []
     num_shown = num_beyond = 0
     key_time: int | None = None
-    for packet in video.container.demux(video.stream):
+    for packet in video.packets():
         if not is_shown(packet, codec):
             continue
         time = packet.pts

@@ -103,7 +103,7 @@ def _check_claimed(source: MediaSource, info: MediaInfo, limits: DecodeLimits) -
 def _shown_times(video: OpenVideo) -> list[int]:
     """The presentation times of all packets, in ticks, ascending: the decoder's own count must be the same."""
     times = []
-    for packet in video.container.demux(video.stream):
+    for packet in video.packets():
         if packet.is_discard:
             text = "torchcodec may start elsewhere than the edit list says; use pyav"
             raise damage(video.source, "unsupported_by_torchcodec", text)

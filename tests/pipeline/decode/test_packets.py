@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from pipeline.decode.avi import are_linked, first_chunk
 from pipeline.decode.backend import decode_windows
 from pipeline.decode.complaints import complaints
+from pipeline.decode.container import OpenVideo
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, Window
 from pipeline.decode.transport_stream import CheckedTransportStream, is_transport_stream
@@ -164,3 +166,14 @@ def test_complaints_are_heard_in_their_block_only_and_nothing_is_left_behind():
         av.logging.log(av.logging.WARNING, "h264", "error while decoding MB 5 0, bytestream -39")
     assert other() == ""
     assert (av.logging.get_level(), av.logging.get_skip_repeated()) == (level, True)
+
+
+def test_streams_that_appear_in_mid_file_do_not_fail_its_end():
+    """PyAV asks at a file's end for streams that it did not see at the beginning."""
+
+    def demux(stream):
+        yield from (stream, stream)
+        raise IndexError("list index out of range")
+
+    video = OpenVideo(Mock(), io.BytesIO(), Mock(demux=demux), "stream", 1, is_indexed=False, transport_stream=None)
+    assert list(video.packets()) == ["stream", "stream"]

@@ -27,6 +27,12 @@ def due_after(*fed, index=0):
     return due
 
 
+def come(due, pts):
+    """The time stamp that was due, and its index, when this one's frame comes."""
+    due.drop_left_out(pts)
+    return due.first, due.pop()
+
+
 def test_a_frame_before_the_wanted_one_can_be_spared_once_its_index_is_certain():
     due = due_after(4, 2, index=10)
     seen = []
@@ -51,22 +57,19 @@ def test_the_wanted_frame_itself_is_never_spared():
 def test_no_frame_is_spared_that_comes_later_than_the_decoder_waits():
     """A stream may not tell how many frames are to be held back: FFmpeg learns it from those that come late."""
     due = due_after(4)
-    due.first(4)
-    due.pop()  # a decoder that gave it at once
+    come(due, 4)  # a decoder that gave it at once
     due.add(8)
     assert due.can_spare(Packet(6, 6), before)
     due.add(7)
     assert due.can_spare(Packet(6, 6), before)
-    due.first(7)
-    due.pop()
+    come(due, 7)
     due.leave_out(7)
     assert not due.can_spare(Packet(6, 6), before)  # two are shown later, one is held back
 
 
 def test_no_frame_is_spared_that_comes_after_one_that_is_shown_later():
     due = due_after(4)
-    due.first(4)
-    due.pop()  # too early
+    come(due, 4)  # too early
     for pts in (8, 6):
         due.add(pts)
     assert not due.can_spare(Packet(3, 3), before)  # the decoder would lose it, and that must be seen
@@ -75,19 +78,18 @@ def test_no_frame_is_spared_that_comes_after_one_that_is_shown_later():
 
 def test_frames_that_are_left_out_count():
     due = due_after(0, 4, index=20)
-    assert (due.first(0), due.pop()) == (0, 20)
+    assert come(due, 0) == (0, 20)
     due.leave_out(1)
     due.leave_out(2)
-    assert (due.first(4), due.pop()) == (4, 23)
-    assert due.first(9) is None
+    assert come(due, 4) == (4, 23)
+    assert due.first is None
 
 
 def test_a_packet_that_comes_too_late_for_the_count_is_found_out():
     due = due_after(0, 4)
-    due.first(0)
-    due.pop()
+    come(due, 0)
     due.leave_out(2)
     due.add(1)  # shown before the one whose index was thought certain
-    assert (due.first(1), due.pop()) == (1, 1)
+    assert come(due, 1) == (1, 1)
     with pytest.raises(NotExactError):
-        due.first(4)
+        due.drop_left_out(4)

@@ -7,6 +7,7 @@ import io
 import av
 import pytest
 
+from pipeline.decode.nal import nal_units
 from pipeline.decode.references import References
 from tests.clips import numbered_video
 
@@ -46,11 +47,11 @@ class Writer:
         return bytes(unit)
 
 
-def parameters(*, profile=AVC, frame_num_bits=4, order_count=0, gaps=0, frames_only=1, scaling=None, planes=0):
+def parameters(*, profile=AVC, frame_num_bits=4, order_count=0, gaps=0, frames_only=1, scaling=None):
     """A sequence parameter set (7.3.2.1.1)."""
     writer = Writer(0x67).fixed(8, profile).fixed(16, 0x001F).unsigned(0)
     if profile == HIGH_444:
-        writer.unsigned(3).fixed(1, planes)
+        writer.unsigned(3).fixed(1, 0)
     if profile == HIGH:
         writer.unsigned(1)
     if profile in (HIGH, HIGH_444):
@@ -65,11 +66,9 @@ def parameters(*, profile=AVC, frame_num_bits=4, order_count=0, gaps=0, frames_o
     return writer.unsigned(3).fixed(1, gaps).unsigned(19, 11).fixed(1, frames_only).fixed(5, 0b11000).unit()
 
 
-def slice_of(frame_num, *, needed=True, kind=1, first=0, bits=4, planes=False):
+def slice_of(frame_num, *, needed=True, kind=1, first=0, bits=4):
     """A slice header (7.3.3) and some data."""
     writer = Writer(kind | (0x40 if needed else 0)).unsigned(first, 5, 0)
-    if planes:
-        writer.fixed(2, 1)
     return writer.fixed(bits, frame_num).fixed(24, 0x155555).unit()
 
 
@@ -94,7 +93,7 @@ DELIMITER, SEI, FILLER = b"\x09\xf0", b"\x06\x01\x01\x34\x80", b"\x0c\xff\x80"
 
 def after_idr(*extra, **options):
     references = References("h264", record(parameters(**options), *extra))
-    assert references.needs(packet(slice_of(0, kind=5, bits=options.get("frame_num_bits", 4))))
+    assert references.follow(packet(slice_of(0, kind=5, bits=options.get("frame_num_bits", 4))))
     return references
 
 
@@ -116,48 +115,48 @@ def after_idr(*extra, **options):
     ],
 )
 def test_what_a_packet_may_hold_that_others_do_not_need(units, needed):
-    assert after_idr().needs(packet(*units)) is needed
+    assert after_idr().follow(packet(*units)) is needed
     references = References("h264", with_start_codes(parameters()))
-    references.needs(with_start_codes(slice_of(0, kind=5)))
-    assert references.needs(with_start_codes(*units)) is needed
+    references.follow(with_start_codes(slice_of(0, kind=5)))
+    assert references.follow(with_start_codes(*units)) is needed
 
 
 def test_a_missing_picture_is_told_and_nothing_is_spared_from_then_on():
     references = after_idr()
-    assert not references.needs(packet(slice_of(1, needed=False)))
-    assert references.needs(packet(slice_of(1)))
-    assert not references.needs(packet(slice_of(2, needed=False)))
-    assert not references.needs(packet(slice_of(2, needed=False)))
+    assert not references.follow(packet(slice_of(1, needed=False)))
+    assert references.follow(packet(slice_of(1)))
+    assert not references.follow(packet(slice_of(2, needed=False)))
+    assert not references.follow(packet(slice_of(2, needed=False)))
     assert references.is_intact
-    assert references.needs(packet(slice_of(3, needed=False)))  # 2 was to be a picture that others need
+    assert references.follow(packet(slice_of(3, needed=False)))  # 2 was to be a picture that others need
     assert not references.is_intact
-    assert references.needs(packet(slice_of(1, needed=False)))
+    assert references.follow(packet(slice_of(1, needed=False)))
     assert not references.is_intact
 
 
 @pytest.mark.parametrize("lost", [slice_of(0), slice_of(2), slice_of(1, kind=5)])
 def test_a_needed_picture_out_of_turn_is_told(lost):
     references = after_idr()
-    references.needs(packet(lost))
+    references.follow(packet(lost))
     assert not references.is_intact
 
 
 def test_numbers_begin_anew_after_an_idr_picture_and_at_their_end():
     references = after_idr()
     for number in [*range(1, 16), 0, 1]:
-        assert not references.needs(packet(slice_of(number, needed=False)))
-        assert references.needs(packet(slice_of(number)))
-    assert references.needs(IDR)
-    assert not references.needs(packet(SPARE))
+        assert not references.follow(packet(slice_of(number, needed=False)))
+        assert references.follow(packet(slice_of(number)))
+    assert references.follow(IDR)
+    assert not references.follow(packet(SPARE))
     assert references.is_intact
 
 
 def test_a_stream_may_begin_with_any_number():
     references = References("h264", record(parameters()))
-    assert references.needs(packet(slice_of(7)))
-    assert not references.needs(packet(slice_of(8, needed=False)))
-    assert References("h264", record(parameters())).needs(b"")
-    assert references.needs(b"")
+    assert references.follow(packet(slice_of(7)))
+    assert not references.follow(packet(slice_of(8, needed=False)))
+    assert References("h264", record(parameters())).follow(b"")
+    assert references.follow(b"")
     assert references.is_intact
 
 
@@ -173,15 +172,14 @@ SCALING = [[], [1] * 16, [-8], *[[]] * 3, [5, -13], []]  # of which two end earl
         {"profile": HIGH},
         {"profile": HIGH, "scaling": SCALING, "frame_num_bits": 9},
         {"profile": HIGH_444, "scaling": [*SCALING, *[[2] * 64] * 4], "frame_num_bits": 7},
-        {"profile": HIGH_444, "planes": 1},
     ],
 )
 def test_parameters_of_many_kinds(options):
-    form = {"bits": options.get("frame_num_bits", 4), "planes": "planes" in options}
+    bits = options.get("frame_num_bits", 4)
     references = References("h264", record(parameters(**options)))
     for number in range(12):
-        assert references.needs(packet(slice_of(number, **form)))
-        assert references.needs(packet(slice_of(number + 1, needed=False, **form))) is False
+        assert references.follow(packet(slice_of(number, bits=bits)))
+        assert references.follow(packet(slice_of(number + 1, needed=False, bits=bits))) is False
     assert references.is_intact
 
 
@@ -199,23 +197,23 @@ def test_parameters_of_many_kinds(options):
 )
 def test_nothing_is_spared_where_numbers_cannot_be_followed(extradata):
     references = References("h264", extradata)
-    references.needs(IDR)
-    assert references.needs(packet(SPARE))
+    references.follow(IDR)
+    assert references.follow(packet(SPARE))
     assert not references.is_intact
 
 
 def test_parameters_may_come_with_the_pictures_and_change_with_idr_pictures_only():
     references, other = References("h264", b""), parameters(frame_num_bits=9)
     for bits, unit in ((4, parameters()), (9, other), (9, other), (4, parameters())):
-        assert references.needs(with_start_codes(unit, slice_of(0, kind=5, bits=bits)))
-        assert not references.needs(with_start_codes(slice_of(1, needed=False, bits=bits)))
+        assert references.follow(with_start_codes(unit, slice_of(0, kind=5, bits=bits)))
+        assert not references.follow(with_start_codes(slice_of(1, needed=False, bits=bits)))
     assert references.is_intact
-    references.needs(with_start_codes(other, slice_of(1, bits=9)))
+    references.follow(with_start_codes(other, slice_of(1, bits=9)))
     assert not references.is_intact
 
 
 def test_of_other_codecs_all_is_needed():
-    assert References("hevc", b"").needs(packet(SPARE))
+    assert References("hevc", b"").follow(packet(SPARE))
 
 
 ENCODERS = {
@@ -232,6 +230,10 @@ def test_streams_of_x264_are_followed_to_their_end(encoder, container):
     video = numbered_video(90, container=container, codec_options={"x264-params": ENCODERS[encoder]})
     with av.open(io.BytesIO(video)) as file:
         references = References("h264", file.streams.video[0].codec_context.extradata or b"")
-        needed = [references.needs(data) for data in file.demux(video=0) if data.size]
+        packets = [bytes(data) for data in file.demux(video=0) if data.size]
+    needed = [references.follow(data) for data in packets]
     assert references.is_intact
+    length_size = 4 if container == "mp4" else 0
+    slices = [[unit for unit in nal_units(data, length_size) if unit[0] & 0x1F in (1, 5)] for data in packets]
+    assert needed == [any(unit[0] >> 5 for unit in units) for units in slices]
     assert 20 < sum(needed) < 70
