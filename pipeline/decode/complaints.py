@@ -17,6 +17,25 @@ from contextlib import contextmanager
 import av.logging
 
 _MPEG_BLOCKS = ("Error at MB", "ac-tex damaged", "illegal dc vlc", "invalid cbp", "mcbpc damaged", "cbpy damaged")
+# A slice whose header is refused is left out without an error.
+_H264_HEADERS = (
+    "A non-intra slice in an IDR NAL unit",
+    "Changing field mode",
+    "Frame num change",
+    "QP ",
+    "abs_diff_pic_num overflow",
+    "cabac_init_idc",
+    "deblocking filter parameters",
+    "deblocking_filter_idc",
+    "illegal memory management control operation",
+    "illegal modification_of_pic_nums_idc",
+    "log2_weight_denom",
+    "non-existing PPS",
+    "pps_id",
+    "reference count",
+    "reference overflow",
+    "slice type",
+)
 _TELLING = {
     "gif": ("LZW decode failed",),
     "h264": (
@@ -24,6 +43,7 @@ _TELLING = {
         "Missing reference picture",
         "reference picture missing during reorder",
         "block unavailable for requested intra",
+        *_H264_HEADERS,
     ),
     "hevc": ("Could not find ref with POC", "Error constructing the frame RPS"),
     "matroska,webm": ("invalid as first byte of an EBML number",),

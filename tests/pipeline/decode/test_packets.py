@@ -14,6 +14,7 @@ from pipeline.decode.backend import decode_windows
 from pipeline.decode.complaints import complaints
 from pipeline.decode.container import OpenVideo
 from pipeline.decode.limits import DecodeLimits
+from pipeline.decode.nal import nal_units
 from pipeline.decode.records import ClipShape, DecodedClip, DecodeRequest, Grid, Window
 from pipeline.decode.transport_stream import CheckedTransportStream, is_transport_stream
 from tests.clips import numbered_video, read_number, stored
@@ -149,6 +150,23 @@ def test_a_gif_that_is_damaged_inside_a_frame_fails_from_there(tmp_path):
     early, late = decode(bytes(video), tmp_path, (2, 8), (40, 4))
     assert [read_number(frame) for frame in early.frames] == list(range(2, 10))
     assert str(late) == "corrupt_frame: clip: the decoder says: LZW decode failed"
+
+
+@pytest.mark.parametrize(
+    ("flipped", "told"),
+    [(0xFF, "Frame num change"), (0x04, "illegal modification_of_pic_nums_idc"), (0x02, "non-existing PPS")],
+)
+def test_a_slice_whose_header_is_refused_fails_its_windows(flipped, told, tmp_path):
+    video = bytearray(numbered_video(40, codec_options={"x264-params": "bframes=0:keyint=250:slices=4"}))
+    with av.open(io.BytesIO(bytes(video))) as container:
+        entry = container.streams.video[0].index_entries[20]
+    units = list(nal_units(bytes(video[entry.pos : entry.pos + entry.size]), 4))
+    assert len(units) == 4
+    place = video.index(units[2], entry.pos)
+    video[place + 2] ^= flipped
+    early, late = decode(bytes(video), tmp_path, (2, 8), (18, 4))
+    assert [read_number(frame) for frame in early.frames] == list(range(2, 10))
+    assert str(late).startswith(f"corrupt_frame: clip: the decoder says: {told}")
 
 
 def test_complaints_are_heard_in_their_block_only_and_nothing_is_left_behind():
