@@ -10,11 +10,13 @@ Errors: ValueError for counts or shares that cannot be; OSError when the directo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -180,6 +182,17 @@ def encode_media(scene: Scene, media: MediaFormat, num_frames: int) -> bytes:
     return buffer.getvalue()
 
 
+@contextlib.contextmanager
+def keeping_priority() -> Iterator[None]:
+    """Round an encoder of videos: as root, SVT-AV1 gives the thread that calls it real time, and all that it starts."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+@keeping_priority()
 def _encode_video(scene: Scene, media: MediaFormat, num_frames: int) -> bytes:
     if media.codec == "libsvtav1":
         os.environ.setdefault("SVT_LOG", "1")  # errors only; the library has no other switch for its banner

@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from pipeline.decode.records import MediaKind, MediaSource
+from pipeline.synthetic import keeping_priority
 from tests.colours import Colour, add_chart
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only
@@ -74,6 +75,7 @@ def read_number(picture: np.ndarray) -> int:
     return sum(bit << place for place, bit in enumerate(bits[:NUMBER_BITS]))
 
 
+@keeping_priority()
 def numbered_video(
     num_frames: int = 30,
     *,

@@ -16,6 +16,8 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
+from pipeline.synthetic import keeping_priority
+
 FPS = 25
 ENCODERS = {
     "h264": ("libx264", {"preset": "veryfast"}),
@@ -48,6 +50,7 @@ def long_video(directory: Path, height: int, minutes: float) -> Path:
     return path
 
 
+@keeping_priority()
 def _encode(path: Path, codec: str, height: int, num_frames: int, detail: float) -> None:
     os.environ.setdefault("SVT_LOG", "0")  # its encoder talks on stderr
     name, options = ENCODERS[codec]

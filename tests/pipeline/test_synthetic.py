@@ -3,6 +3,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import struct
 import tarfile
 from pathlib import Path
@@ -143,6 +144,14 @@ def test_images_show_the_scene(media: MediaFormat) -> None:
     image = Image.open(io.BytesIO(encode_media(scene, media, 1)))
     assert image.format.lower() == media.codec
     assert np.abs(np.asarray(image, int) - scene.paint(1.0)).mean() < 6
+
+
+def test_no_encoder_changes_how_its_caller_is_scheduled() -> None:
+    """SVT-AV1 would, as root, and so every process that is started later."""
+    before = os.sched_getscheduler(0)
+    (media,) = (media for media in VIDEO_FORMATS if media.codec == "libsvtav1")
+    encode_media(make_scene("camera", 3, media.height, media.width), media, 9)
+    assert os.sched_getscheduler(0) == before
 
 
 def test_the_rotated_format_carries_a_clockwise_matrix() -> None:
