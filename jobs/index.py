@@ -31,7 +31,6 @@ from pipeline.plan import load_plan
 from pipeline.shards import ShardRef, expand, identify
 from pipeline.storage import Storage, open_storage
 
-_MEGABYTE = 1 << 20
 _PROGRESS_SECONDS = 10.0
 _MOST_UNREADABLE = 20  # with more it is the place that cannot be read, each time after the retries of a minute
 

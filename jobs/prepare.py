@@ -30,8 +30,6 @@ from pipeline.recipe import Recipe, to_tree
 from pipeline.shards import ShardRef
 from pipeline.storage import Storage, open_storage
 
-_MEGABYTE = 1 << 20
-
 
 def make_recipe(flags: RecipeFlags, card: EncoderCard) -> Recipe:
     """The recipe that these flags and this encoder ask for.

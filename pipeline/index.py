@@ -78,9 +78,6 @@ class IndexFragment:
     notes: tuple[str, ...] = ()
 
 
-IndexOne = Callable[[ShardRef], IndexFragment]
-
-
 def index_shard(shard: ShardRef, probe: Probe) -> IndexFragment:
     """Scan a shard, read its captions and metadata, and probe each video and image.
 
@@ -234,14 +231,6 @@ def read_fragment(storage: Storage, shard_id: str) -> IndexFragment:
     if fragment.shard.shard_id != shard_id:
         raise StoreError(f"index fragment {name} is that of shard {fragment.shard.url}: delete it and run index again")
     return fragment
-
-
-def build(storage: Storage, shards: Iterable[ShardRef], index_one: IndexOne) -> list[ShardRef]:
-    """Index the shards that have no fragment yet, one after another; returns those that were."""
-    missing = missing_fragments(storage, shards)
-    for shard in missing:
-        write_fragment(storage, index_one(shard))
-    return missing
 
 
 @dataclasses.dataclass(frozen=True)

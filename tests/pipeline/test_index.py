@@ -254,26 +254,26 @@ def test_another_format_version_is_refused(shard_path: Path, monkeypatch: pytest
         index.from_parquet(data, "index/x.parquet")
 
 
-def test_build_indexes_each_version_of_a_shard_once(tmp_path: Path, shard_path: Path, storage: LocalStorage) -> None:
+def test_each_version_of_a_shard_is_indexed_once(tmp_path: Path, shard_path: Path, storage: LocalStorage) -> None:
     other = tmp_path / "train-001.tar"
     other.write_bytes(pack(CONTENT[:3]))
 
-    def index_one(shard: index.ShardRef) -> IndexFragment:
-        return index_shard(shard, probe)
+    def build() -> list[index.ShardRef]:
+        shards = [identify(url) for url in expand([f"{tmp_path}/train-{{000..001}}.tar"])]
+        missing = index.missing_fragments(storage, shards)
+        for shard in missing:
+            assert index.write_fragment(storage, index_shard(shard, probe))
+        return missing
 
-    def shards() -> list[index.ShardRef]:
-        return [identify(url) for url in expand([f"{tmp_path}/train-{{000..001}}.tar"])]
-
-    first = shards()
-    assert index.build(storage, first, index_one) == first
-    assert index.build(storage, shards(), index_one) == []
+    first = build()
+    assert [shard.url for shard in first] == [str(shard_path), str(other)]
+    assert build() == []
     other.write_bytes(pack(CONTENT[:6]))
-    assert index.missing_fragments(storage, shards()) == [identify(str(other))]
-    assert index.build(storage, shards(), index_one) == [identify(str(other))]
+    assert build() == [identify(str(other))]
     ids = index.list_fragments(storage)
     assert ids == sorted({shard.shard_id for shard in (*first, identify(str(other)))})
     assert storage.list("index/") == [f"index/{shard_id}.parquet" for shard_id in ids]
-    assert index.read_fragment(storage, first[0].shard_id) == index_one(first[0])
+    assert index.read_fragment(storage, first[0].shard_id) == index_shard(first[0], probe)
 
 
 def test_a_fragment_is_written_once(shard_path: Path, storage: LocalStorage) -> None:
