@@ -33,9 +33,9 @@ from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, M
 from pipeline.decode.wire import Json, error_to_json, outcome_to_json, requests_from_json
 from pipeline.errors import DecodeError, LatentmillError
 
-# The owner kills at the time allowed. This is for a child whose owner has died while it hangs: the system ends it at an
-# alarm that nothing handles, though native code may hold the GIL.
-_GRACE_SECONDS = 5.0
+# The owner kills at the time allowed, of which waiting for a core is no part. This is for a child whose owner has died
+# while it hangs: the system ends it at an alarm that nothing handles, though native code may hold the GIL.
+_GRACE_SECONDS = 3600.0
 # The encoder's threads go first where cores are short: what they wait for is decoded by then, or else they sleep.
 _NICENESS = 5
 

@@ -28,6 +28,7 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 120.0  # imports from a cold network file system
 _END_SECONDS = 5.0  # from closing its pipe to its end
 _PIPE_BYTES = 1 << 16
+_LOOK_SECONDS = 0.1  # between looks at one that is late because it waits for a core
 # Else glibc gives a decoder's memory back after each clip or frame and takes it anew: page faults were a tenth of the
 # decode time. Frames up to 4K stay in the heap, which keeps what one decoder needs. (Setting one alone is worse: that
 # ends glibc's own adjusting of the other.)
@@ -85,11 +86,11 @@ class ChildProcess:
         return self._read(seconds, json.dumps(message).encode() + b"\n")
 
     def _read(self, seconds: float, line: bytes = b"") -> Json:
-        deadline = time.monotonic() + seconds
+        limit = _TimeLimit(self.pid, seconds)
         reply = bytearray()
         while not reply.endswith(b"\n"):
-            ready = _wait(self._stdout, self._stdin if line else None, deadline - time.monotonic())
-            if not ready:
+            ready = _wait(self._stdout, self._stdin if line else None, limit.left_seconds())
+            if not ready and limit.left_seconds() <= 0:
                 self.kill()
                 raise ChildLost("timeout", f"not done after {seconds:.0f} seconds")
             if self._stdin.fileno() in ready:
@@ -131,6 +132,37 @@ class ChildProcess:
         self._stdin.close()
         self._stdout.close()
         self.memory.close()
+
+
+class _TimeLimit:
+    """Seconds that a process may take. What it waits for a core is not counted: encoders may hold all for minutes."""
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self._process, self._seconds = Path(f"/proc/{pid}"), seconds
+        self._began, (self._ran, self._waited) = time.monotonic(), self._statistics()
+
+    def left_seconds(self) -> float:
+        """How long to wait until the next look; not positive when they are over."""
+        ran, waited = self._statistics()
+        left = self._seconds + waited - self._waited - (time.monotonic() - self._began)
+        # A wait is counted when it ends: who would run now may have waited all the time.
+        waits = left <= 0 and 0 < ran < self._ran + self._seconds and self._would_run()
+        return _LOOK_SECONDS if waits else left
+
+    def _statistics(self) -> tuple[float, float]:
+        """Seconds that the process ran and waited for a core, in its life; zeros where the system does not tell."""
+        try:
+            ran, waited, _ = (self._process / "schedstat").read_text().split()
+        except (OSError, ValueError):
+            return 0.0, 0.0
+        return int(ran) / 1e9, int(waited) / 1e9
+
+    def _would_run(self) -> bool:
+        """Whether the process runs, or would if there were a core."""
+        try:
+            return (self._process / "stat").read_text().rpartition(") ")[2].startswith("R")
+        except OSError:
+            return False
 
 
 def _wait(source: IO[bytes], sink: IO[bytes] | None, seconds: float) -> set[int]:

@@ -22,7 +22,8 @@ _HIGHEST_SOURCE_FPS = 60
 class DecodeLimits:
     """Limits per video or image, and per decode process.
 
-    timeout_seconds: allowed for any request, however small: opening, a cold file system, a busy machine.
+    timeout_seconds: allowed for any request, however small: opening, a cold file system. Waiting for a core does not
+        count.
     seconds_per_frame: allowed on top for each frame up to the last wanted one. 0.1 is ten frames a second, a third of
         the speed at which one core decodes 4K HEVC with 10 bits.
     max_pixels: of one frame, as stored and as scaled; the default is an 8K frame.

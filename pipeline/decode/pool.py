@@ -14,7 +14,7 @@ import queue
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.process import DecodeProcess
@@ -23,24 +23,8 @@ from pipeline.decode.records import DecodedClip, DecodeOutcome, DecodeRequest, M
 Result = TypeVar("Result")
 
 
-class DecodePool(Protocol):
-    """Whatever decodes in the background."""
-
-    def submit(self, *requests: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
-        """One outcome per window of all requests, in order; bad media is an outcome, not an exception."""
-        ...
-
-    def probe(self, source: MediaSource) -> Future[MediaInfo]:
-        """What the media is; the future raises DecodeError for bad media."""
-        ...
-
-    def close(self) -> None:
-        """Drop what has not begun, break off the rest, and leave nothing behind."""
-        ...
-
-
 class ProcessPool:
-    """A DecodePool of `num_processes` DecodeProcesses. A context manager."""
+    """`num_processes` DecodeProcesses in the background. A context manager."""
 
     def __init__(self, num_processes: int, limits: DecodeLimits, child_module: str = "pipeline.decode.child") -> None:
         self._processes = [DecodeProcess(limits, child_module) for _ in range(num_processes)]
@@ -71,7 +55,7 @@ class ProcessPool:
             process.start()
 
     def let_others_first(self) -> None:
-        """Where encoders compute on the same cores: they and decoding then alternate in turns, not in slices of time.
+        """For encoders that compute on the same cores: they and decoding then alternate less often.
 
         Each switch costs the caches that both need: a sixth more CPU time of decoding (infra/LOG.md).
         """
@@ -79,9 +63,11 @@ class ProcessPool:
             process.let_others_first()
 
     def submit(self, *requests: DecodeRequest) -> Future[tuple[DecodeOutcome, ...]]:
+        """One outcome per window of all requests, in order; bad media is an outcome, not an exception."""
         return self._threads.submit(self._run, lambda process: process.decode(*requests))
 
     def probe(self, source: MediaSource) -> Future[MediaInfo]:
+        """What the media is; the future raises DecodeError for bad media."""
         return self._threads.submit(self._run, lambda process: process.probe(source))
 
     def stream(self, request: DecodeRequest, piece_frames: int) -> Generator[DecodedClip, None, None]:
@@ -90,6 +76,7 @@ class ProcessPool:
             yield from process.stream(request, piece_frames)
 
     def close(self) -> None:
+        """Drop what has not begun, break off the rest, and leave nothing behind."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.close()

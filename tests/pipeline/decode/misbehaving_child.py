@@ -18,6 +18,11 @@ def hang():
     ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the GIL, as native decoders that hang do
 
 
+def spin():
+    while True:
+        pass
+
+
 def crash():
     ctypes.string_at(0)
 
@@ -34,7 +39,7 @@ def eat_memory(limits):
 def misbehave_in(windows, request, limits):
     behaviour, _, position = request.source.key.partition("@")
     if any(window.start <= int(position) < window.start + window.num_frames for window in windows):
-        {"hang": hang, "crash": crash, "mute": fall_mute, "oom": lambda: eat_memory(limits)}[behaviour]()
+        {"hang": hang, "spin": spin, "crash": crash, "mute": fall_mute, "oom": lambda: eat_memory(limits)}[behaviour]()
 
 
 def decode_or_misbehave(request, limits, out):
