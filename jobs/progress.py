@@ -60,6 +60,7 @@ class Reporter:
         self._first_unit: UnitReport | None = None
         self._first_unit_seconds: float | None = None
         self._ready: set[str] = set()
+        self._most_ready = 0
         self._name = f"runs/{self._start:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}.json"
 
     def tick(self, events: Sequence[Event]) -> None:
@@ -68,6 +69,7 @@ class Reporter:
         for event in events:
             if isinstance(event, WorkerReady):
                 self._ready.add(event.worker)
+                self._most_ready = max(self._most_ready, len(self._ready))
                 self._start_times.reach("worker")
                 _say(f"worker {event.worker} is ready after {format_seconds(now - self._started)}")
             elif isinstance(event, WorkerLost):
@@ -101,22 +103,21 @@ class Reporter:
         _say(
             f"{outcome}: {progress.units} units, {progress.clips} clips in {format_seconds(seconds)} "
             f"({progress.clips / seconds:.1f} clips/s, {progress.frames / seconds:.0f} frames/s), "
-            f"read {format_bytes(progress.bytes_read)}, wrote {format_bytes(progress.bytes_written)}"
+            f"samples of {format_bytes(progress.sample_bytes)}, wrote {format_bytes(progress.bytes_written)}"
         )
         if self._first_unit is not None:
             _say(first_unit_line(self._start_times, self._first_unit))
             for line in time_lines(progress, has_own_device=self._has_own_device):
                 _say(line)
-            workers = min(self._flags.workers, self._units_left)
-            _say(advice(progress, workers, self._decode_processes(workers, places)))
+            _say(advice(progress, self._most_ready, self._decode_processes(places)))
         try:
             self._storage.put(self._name, json.dumps(self._log(outcome, seconds, places), indent=2).encode())
         except LatentmillError as error:  # it must not hide how the job ended
             _say(f"no run log: {error}")
 
-    def _decode_processes(self, workers: int, places: dict[str, Any]) -> int:
+    def _decode_processes(self, places: dict[str, Any]) -> int:
         """Those that had enough to do, were it not for the flags; 0 when nobody knows."""
-        if self._units_left < 2 * workers * self._flags.units_in_flight:
+        if self._units_left < 2 * self._most_ready * self._flags.units_in_flight:
             return 0  # They were idle at the job's start and end, which is most of it.
         if self._flags.local:
             return self._flags.decode_processes

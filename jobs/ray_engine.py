@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import os
 import queue
@@ -19,6 +20,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,7 +29,6 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from jobs.flags import EngineFlags
 from jobs.ray_cluster import NodeShare
 from jobs.ray_decode import RayDecoders
-from jobs.rehearsal import is_rehearsal
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pool import ProcessPool
 from pipeline.decode_requests import Decoders
@@ -67,6 +68,10 @@ class EncodeActor:
         self._spec = spec
         self._worker: EncodeWorker | None = None
 
+    def node(self) -> str:
+        """Where the worker is, be it set up or not."""
+        return ray.get_runtime_context().get_node_id()
+
     def setup(self) -> dict[str, Any]:
         """Load the encoder and start the threads; where the worker lives."""
         import torch
@@ -83,16 +88,13 @@ class EncodeActor:
         encoder = ready_encoder(self._spec.encoder_source, self._spec.device, plan, window_bytes)
         self._worker = EncodeWorker(encoder, decoders, storage, plan, window_bytes, _die, self._spec.encode_threads)
         gc.freeze()  # as jobs.encode does
-        node = ray.get_runtime_context().get_node_id()
-        return {"pid": os.getpid(), "node": node, "decode_processes": self._spec.share.decode_processes}
+        return {"pid": os.getpid(), "node": self.node(), "decode_processes": self._spec.share.decode_processes}
 
     def _decoders(self) -> Decoders:
         if self._spec.share.decode_processes is None:
             return RayDecoders(self._spec.limits)
         pool = ProcessPool(self._spec.share.decode_processes, self._spec.limits)
         pool.start()  # while the encoder loads; they end with this process
-        if self._spec.device == "cpu" and not is_rehearsal(self._spec.encoder_source):
-            pool.let_others_first()
         return pool
 
     def encode(self, unit: Unit) -> UnitReport:
@@ -127,6 +129,7 @@ class RayEngine:
         self._unit_timeout_seconds = flags.unit_timeout_seconds
         self._actors: dict[str, Any] = {}
         self._killed: set[str] = set()  # those of them that hung
+        self._nodes: dict[str, str] = {}  # of those that live, which have one before they are ready
         self._places: dict[str, dict[str, Any]] = {}
         self._pending: dict[Any, tuple[str, Unit | None]] = {}
         self._completed: queue.SimpleQueue[Any] = queue.SimpleQueue()  # references among the pending
@@ -135,8 +138,13 @@ class RayEngine:
         name = f"encode-{uuid.uuid4().hex[:8]}"
         actor = self._actor_type.options(name=name, max_concurrency=self._concurrency).remote(self._spec)
         self._actors[name] = actor
+        actor.node.remote().future().add_done_callback(functools.partial(self._learn_node, name))
         self._await(actor.setup.remote(), name, None)
         return name
+
+    def _learn_node(self, worker: str, told: Future[str]) -> None:
+        if told.exception() is None:
+            self._nodes[worker] = told.result()
 
     def submit(self, worker: str, unit: Unit) -> None:
         reference = self._actors[worker].encode.options(name=f"encode {unit.name}").remote(unit)
@@ -185,9 +193,9 @@ class RayEngine:
 
     def _lose(self, worker: str, error: RayError) -> WorkerLost:
         ray.kill(self._actors.pop(worker))  # One that cannot be reached may still live.
-        place = self._places.pop(worker, {})
+        self._places.pop(worker, None)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
-        gone = bool(place) and place["node"] not in alive
+        gone = self._nodes.pop(worker, None) not in {None, *alive}
         return WorkerLost(worker, self._cause(worker, error), gone or bool(getattr(error, "preempted", False)))
 
     def _cause(self, worker: str, error: RayError) -> str:

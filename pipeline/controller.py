@@ -31,7 +31,7 @@ _FAILURES_IN_A_ROW = 3
 _SHUNNED_AT_MOST = 64  # units that are looked past for one that a worker has not failed
 _FAILURES_TOLD = 20
 _SECONDS = ("encode", "copy", "batch", "rows", "start", "starved", "blocked", "write", "decode", "read")
-_SUMMED = ("frames", "bytes_read", "bytes_written", *(f"{stage}_seconds" for stage in _SECONDS))
+_SUMMED = ("frames", "sample_bytes", "bytes_written", *(f"{stage}_seconds" for stage in _SECONDS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Progress:
     failed: Counter[str] = dataclasses.field(default_factory=Counter)
     failures: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     frames: int = 0
-    bytes_read: int = 0
+    sample_bytes: int = 0
     bytes_written: int = 0
     encode_seconds: float = 0.0
     copy_seconds: float = 0.0

@@ -106,7 +106,8 @@ class Caller:
     def _encode_slice(self, item: Slice) -> Encoded:
         began = time.perf_counter()
         posterior = encode_batch(self._encoder, self._plan.recipe, item.batch)
-        item.job.spend(encode=(time.perf_counter() - began) * self._share)
+        if posterior is not None:
+            item.job.spend(encode=(time.perf_counter() - began) * self._share)
         return Encoded(item.job, item.place, dataclasses.replace(item.batch, frames=None), posterior)
 
     def _encode_piece(self, piece: Piece) -> UnitJob | None:

@@ -232,10 +232,12 @@ def run(
         state.repair()
         state.feed()
         events = engine.wait(_TICK_SECONDS)
-        for event in events:
-            state.handle(event)
+        try:
+            for event in events:
+                state.handle(event)
+        finally:
+            on_tick(events)
         state.kill_hung()
-        on_tick(events)
     _require_all(controller.given_up)
     controller.judge()
 

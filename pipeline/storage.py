@@ -6,7 +6,7 @@ Cost: a local commit is write, fsync, link, fsync of the directory; a remote one
       range costs a request when it is opened, and few more where it is larger (pipeline.block_cache).
 Errors: UsageError for a url of another kind; ShardError for an input that is not there, UnitError when it cannot be
       opened now, OSError when reading it breaks off; of an output that cannot be read or written, StoreError on a file
-      system and UnitError in an object store, FileNotFoundError for what is not there to be read.
+      system, UnitError in an object store or on a broken disk or mount, FileNotFoundError for what is not there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pipeline.errors import ShardError, StoreError, UnitError, UsageError
 from pipeline.object_store import REMOTE_SCHEMES, ObjectStorage, client_of
 
 _READ_AHEAD_BYTES = 1 << 16
+_BROKEN = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT)
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
 
 
@@ -114,7 +115,8 @@ def _input_errors(url: str) -> Iterator[None]:
 class Storage(Protocol):
     """The objects below one prefix. Names are relative, with `/` between parts; every object is written whole.
 
-    Every method raises StoreError when a file system cannot be read or written, UnitError when an object store cannot.
+    Every method raises StoreError when a file system cannot be read or written, UnitError when an object store cannot,
+    or the disk or mount is broken.
     """
 
     @property
@@ -227,13 +229,17 @@ class LocalStorage:
 
 @contextlib.contextmanager
 def _store_errors(verb: str, path: Path) -> Iterator[None]:
-    """OSErrors become StoreErrors with a remedy; a file that is not there to be read stays FileNotFoundError."""
+    """OSErrors become StoreErrors with a remedy, or UnitErrors where one node may have lost its disk or its mount.
+
+    A file that is not there to be read stays FileNotFoundError.
+    """
     try:
         yield
     except OSError as error:
         if verb == "read" and isinstance(error, FileNotFoundError):
             raise
-        raise StoreError(f"cannot {verb} {path}: {error.strerror or error}: {_remedy(error)}") from error
+        kind = UnitError if error.errno in _BROKEN else StoreError
+        raise kind(f"cannot {verb} {path}: {error.strerror or error}: {_remedy(error)}") from error
 
 
 def _remedy(error: OSError) -> str:

@@ -33,7 +33,8 @@ _FAILURES_TOLD = 20
 class UnitReport:
     """What one unit cost and what became of it.
 
-    failed: clips by reason. failures: (key, reason, detail) of the first of them. won: False when another worker had
+    failed: clips by reason. failures: (key, reason, detail) of the first of them. sample_bytes: of the samples that the
+    clips are from, of which decoders may read less. won: False when another worker had
     committed the unit already. Wall seconds of the encode stage, the mean over its threads: `encode_seconds` in the
     encoder, `copy_seconds` putting rows of long clips away, `starved_seconds` waiting for frames, `blocked_seconds` for
     the threads behind it to take what came before. Of the threads beside it: `batch_seconds` putting batches together,
@@ -47,7 +48,7 @@ class UnitReport:
     failed: dict[str, int]
     failures: tuple[tuple[str, str, str], ...]
     frames: int
-    bytes_read: int
+    sample_bytes: int
     bytes_written: int
     won: bool
     encode_seconds: float = 0.0
@@ -113,7 +114,7 @@ class UnitJob:
             failed=committed.failed,
             failures=tuple(failures[:_FAILURES_TOLD]),
             frames=sum(clip.window.num_frames for clip, result in pairs if not isinstance(result, SampleError)),
-            bytes_read=sum(sizes.values()),
+            sample_bytes=sum(sizes.values()),
             bytes_written=committed.bytes_written,
             won=committed.won,
             **self._seconds,

@@ -2,8 +2,9 @@
 
 In:   units, an encoder, a decode pool, the plan and the store.
 Out:  one Future[UnitReport] per submitted unit.
-Cost: decoded frames within `window_bytes`, or what one slice and one message need where that is more; the rows of each
-      unit in flight; of each long clip under way the encoder's state.
+Cost: decoded frames within `window_bytes`, or what one slice and one message need where that is more, and those encoded
+      frames whose message is not yet done; the rows of each unit in flight; of each long clip under way the encoder's
+      state.
 Errors: UnitError or JobError in a unit's future; anything unexpected goes to `on_fatal`, and cancels all units.
 
 Five stages, so that the encoder waits for nothing but frames: feed (decode requests within the window of bytes), batch

@@ -236,6 +236,10 @@ def fake_frames(key: str, window: Window, shape: ClipShape) -> np.ndarray:
     return blocks.repeat(8, axis=1).repeat(8, axis=2)
 
 
+DECODE_SECONDS, READ_SECONDS = 0.5, 0.25
+"""What a clip says that it cost FakeDecoders, or a piece of one."""
+
+
 class FakeDecoders:
     """Decodes what `planned_store` planned, in a thread per message at most `seconds` long (drawn from `seed`).
 
@@ -273,7 +277,7 @@ class FakeDecoders:
             if isinstance(outcome, DecodeError) and piece.start + piece.num_frames == window.num_frames:
                 raise outcome
             part = slice(piece.start, piece.start + piece.num_frames)
-            yield DecodedClip(clip.frames[part], clip.pts_seconds[part], clip.decoder)
+            yield dataclasses.replace(clip, frames=clip.frames[part], pts_seconds=clip.pts_seconds[part])
 
     def _decode(self, requests: Sequence[DecodeRequest], future: Future[tuple[DecodeOutcome, ...]]) -> None:
         outcomes: list[DecodeOutcome] = []
@@ -289,7 +293,8 @@ class FakeDecoders:
     @staticmethod
     def _clip(key: str, window: Window, shape: ClipShape) -> DecodedClip:
         pts_seconds = (window.start + np.arange(window.num_frames)) / 25
-        return DecodedClip(fake_frames(key, window, shape), pts_seconds, "fake")
+        frames = fake_frames(key, window, shape)
+        return DecodedClip(frames, pts_seconds, "fake", DECODE_SECONDS, READ_SECONDS)
 
 
 def encode_store(

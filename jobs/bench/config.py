@@ -131,15 +131,16 @@ class BenchEncode(ConfigFile):
     """Rounds in which the contenders take turns; medians are reported."""
     cores: int = dataclasses.field(default_factory=usable_cores)
     """Cores that every contender is held to, each in its turn."""
-    decode_workers: int = dataclasses.field(default_factory=usable_cores)
-    """Decode processes of every contender that has some."""
+    decode_workers: int = 0
+    """Decode processes of every contender that has some; 0: one for each of the cores."""
     encode_threads: int = 0
     """CPU threads of the encoder, of all encode workers together; 0: one with CUDA, else one for each of the cores."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "seconds_per_set", "repetitions", "cores", "decode_workers")
-        if self.encode_threads < 0:
-            raise UsageError(f"--encode-threads must not be negative, got {self.encode_threads}")
+        require_positive(self, "seconds_per_set", "repetitions", "cores")
+        for flag, value in (("--decode-workers", self.decode_workers), ("--encode-threads", self.encode_threads)):
+            if value < 0:
+                raise UsageError(f"{flag} must not be negative, got {value}")
         known = [":".join(pair) for pair in itertools.product(ENCODE_SETS, ENCODE_ENCODERS)]
         for case in self.cases:
             if case not in known:
@@ -147,6 +148,11 @@ class BenchEncode(ConfigFile):
                     f"--cases {case}: say SET:ENCODER with a set of {', '.join(ENCODE_SETS)} and an encoder of "
                     f"{', '.join(ENCODE_ENCODERS)}"
                 )
+
+    @property
+    def decode_processes(self) -> int:
+        """Of every contender that has some."""
+        return self.decode_workers or self.cores
 
     def threads_on(self, device: str) -> int:
         """CPU threads of the encoder, where it computes on this device."""

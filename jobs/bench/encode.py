@@ -81,7 +81,7 @@ def _about(command: BenchEncode, device: str) -> Json:
         compute_dtype=command.compute_dtype,
         repetitions=command.repetitions,
         cores=command.cores,
-        decode_workers=command.decode_workers,
+        decode_workers=command.decode_processes,
         encode_threads=command.threads_on(device),
         sleeping_threads=command.threads_on("cuda"),
         seconds_per_set=command.seconds_per_set,
@@ -157,7 +157,7 @@ def _sized_job(command: BenchEncode, case: str, device: str, videos: Path, scrat
         encoder=source,
         device="cpu" if sleeps else device,
         compute_dtype=command.compute_dtype,
-        decode_workers=command.decode_workers,
+        decode_workers=command.decode_processes,
         encode_threads=command.threads_on("cuda" if sleeps else device),
         limit_seconds=300 + 30 * command.seconds_per_set,
     )

@@ -224,8 +224,8 @@ def run_ray_data(spec: Json, works: Sequence[Work]) -> float:
     import ray
 
     by_name = {(Path(work.shard).name, work.key): work for work in works}
-    ready_directory = Path(spec["output"]).parent / "ready"
-    ready_directory.mkdir()
+    marks = Path(spec["output"]).parent / "marks"
+    marks.mkdir()
     ray.init(
         num_cpus=spec["decode_workers"] + spec["encode_threads"],
         include_dashboard=False,
@@ -235,7 +235,16 @@ def run_ray_data(spec: Json, works: Sequence[Work]) -> float:
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
 
+    def mark(stage: str) -> None:
+        """When one of its processes began."""
+        (marks / f"{stage} {time.monotonic()}").touch()
+
+    def first(stage: str) -> float:
+        return min(float(path.name.split()[1]) for path in marks.glob(f"{stage} *"))
+
     def decode(row: Json) -> list[Json]:
+        if not any(marks.glob("decode *")):
+            mark("decode")
         work = by_name[Path(row["path"]).name, row["__key__"]]
         payload = next(row[name] for name in ("mp4", "jpg") if isinstance(row.get(name), bytes))  # absent ones are NaN
         clips = decode_pyav(dataclasses.replace(work, payload=payload))
@@ -247,7 +256,7 @@ def run_ray_data(spec: Json, works: Sequence[Work]) -> float:
         def __init__(self) -> None:
             self._latents: Json = {"name": [], "latent": [], "shape": []}
             self._batcher = Batcher(spec, self._save)
-            (ready_directory / str(time.monotonic())).touch()
+            mark("encode")
 
         def _save(self, name: str, latent: torch.Tensor) -> None:
             for column, value in zip(
@@ -275,7 +284,7 @@ def run_ray_data(spec: Json, works: Sequence[Work]) -> float:
         )
         .write_parquet(spec["output"])
     )
-    return min(float(path.name) for path in ready_directory.iterdir())
+    return max(first("decode"), first("encode"))
 
 
 CONTENDERS: dict[str, Callable[[Json, Sequence[Work]], float]] = {

@@ -181,7 +181,7 @@ def run_contender(job: Job, name: str) -> Json:
 
 
 def _run_ours(job: Job, name: str, store: Path) -> Json:
-    workers = ["--local"]
+    workers, num_workers = ["--local"], 1
     commands = [[*_latentmill("encode"), *map(str, job.tars)]]
     threads = job.encode_threads
     if name != "local":
@@ -202,15 +202,14 @@ def _run_ours(job: Job, name: str, store: Path) -> Json:
     if None in marks:
         return {"error": f"died: its output lacks a line that tells of its stages: {marks}"}
     index_began, index_done, ready, done = (mark for mark in marks if mark is not None)
-    return {**_cell(watched, done - ready, index_done - index_began), **_store_facts(store)}
-
-
-def _store_facts(store: Path) -> Json:
-    """What the store holds, and how busy the encoders were from the first unit's wait to the last one's end."""
     storage = open_storage(str(store))
+    (log,) = (json.loads(storage.read(found)) for found in storage.list("runs/"))
+    if len(log["workers"]) < num_workers:
+        return {"error": f"only {len(log['workers'])} of {num_workers} encode workers ran: there was no room for more"}
     account = take_account(storage, load_plan(storage, open_header(storage).recipe))
-    (log,) = (json.loads(storage.read(name)) for name in storage.list("runs/"))
-    return {"clips": account.written, "busy": log["progress"]["busy_share"]}
+    # Busy from the first unit's wait to the last one's end.
+    facts = {"clips": account.written, "busy": log["progress"]["busy_share"]}
+    return {**_cell(watched, done - ready, index_done - index_began), **facts}
 
 
 def _cell(watched: Sequence[Watched], seconds: float, index_seconds: float = 0.0) -> Json:

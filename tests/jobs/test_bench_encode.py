@@ -8,6 +8,7 @@ import os
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,6 +254,17 @@ class TestRuns:
         assert not (job.scratch / "run").exists()
 
     @pytest.mark.slow
+    def test_a_job_with_fewer_workers_than_its_row_says_is_no_row(
+        self, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def watch_local(argv: Sequence[str], limit_seconds: float) -> Watched:
+            return watch([*" ".join(argv).replace("--workers 2", "--local").split()], limit_seconds)
+
+        monkeypatch.setattr(encode_runs, "watch", watch_local)
+        cell = run_contender(job, "ray-2")
+        assert cell == {"error": "only 1 of 2 encode workers ran: there was no room for more"}
+
+    @pytest.mark.slow
     def test_the_plain_script_survives_and_saves_what_it_can_open(self, job: Job) -> None:
         cell = run_contender(job, "plain")
         assert cell["clips"] in range(job.good_clips, job.clips + 1)
@@ -412,6 +424,13 @@ def test_an_encoder_on_a_gpu_has_one_thread_unless_told_otherwise() -> None:
     assert BenchEncode(encode_threads=3).threads_on("cuda") == 3
     with pytest.raises(UsageError, match="--encode-threads must not be negative"):
         BenchEncode(encode_threads=-1)
+
+
+def test_every_core_that_contenders_are_held_to_decodes() -> None:
+    assert BenchEncode(cores=6).decode_processes == 6
+    assert BenchEncode(cores=6, decode_workers=2).decode_processes == 2
+    with pytest.raises(UsageError, match="--decode-workers must not be negative"):
+        BenchEncode(decode_workers=-1)
 
 
 def test_a_set_is_as_large_as_its_slower_stage_asks() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from jobs import encode, ray_engine
+from jobs import encode
 from jobs.__main__ import main
 from jobs.flags import EngineFlags
 from pipeline.errors import JobError
@@ -79,17 +78,27 @@ def test_a_unit_that_was_deleted_opens_the_books_again(tmp_path: Path) -> None:
     assert (store / "latents.zarr/zarr.json").read_bytes() == header
 
 
-def test_a_crash_is_logged_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(ZeroDivisionError, "crashed"), (KeyboardInterrupt, "stopped by KeyboardInterrupt")]
+)
+def test_how_a_job_ended_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], outcome: str
+) -> None:
+    """A second Ctrl-C is the KeyboardInterrupt."""
+
+    def end(*_: object, **__: object) -> None:
+        raise error
 
     tar, store = shard(tmp_path, a=numbered_video(30)), tmp_path / "store"
     with monkeypatch.context() as patched:
-        patched.setattr(encode, "run", crash)
-        with pytest.raises(ZeroDivisionError):
-            run_encode(tar, store)
+        patched.setattr(encode, "run", end)
+        if error is KeyboardInterrupt:
+            assert run_encode(tar, store) == 130
+        else:
+            with pytest.raises(error):
+                run_encode(tar, store)
     assert run_encode(tar, store) == 0
-    assert [log["outcome"] for log in run_logs(store)] == ["crashed", "done"]
+    assert [log["outcome"] for log in run_logs(store)] == [outcome, "done"]
 
 
 @pytest.mark.parametrize(
@@ -143,22 +152,15 @@ def test_collections_leave_out_what_was_there_before_the_job_and_no_longer(
     assert gc.get_freeze_count() == 0
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
 @pytest.mark.parametrize(
     ("source", "device", "lets"), [("m", "cpu", 1), ("rehearsal:4x8x8x16@10", "cpu", 0), ("m", "cuda", 0)]
 )
 def test_decoding_takes_what_an_encoder_on_the_same_cores_leaves(
-    engine: str, source: str, device: str, lets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, device: str, lets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = Mock(num_processes=1)
-    if engine == "local":
-        storage, plan = planned_store(tmp_path)
-        monkeypatch.setattr(encode, "ready_encoder", lambda *_: FakeEncoder())
-        encode._local_engine(storage, plan, source, EngineFlags(local=True), device, pool).close()
-    else:
-        monkeypatch.setattr(ray_engine, "ProcessPool", lambda *_: pool)
-        share = SimpleNamespace(decode_processes=1)
-        spec: Any = SimpleNamespace(share=share, limits=None, device=device, encoder_source=source)
-        assert ray_engine.EncodeActor(spec)._decoders() is pool
+    storage, plan = planned_store(tmp_path)
+    monkeypatch.setattr(encode, "ready_encoder", lambda *_: FakeEncoder())
+    encode._local_engine(storage, plan, source, EngineFlags(local=True), device, pool).close()
     assert pool.start.call_count == 1
     assert pool.let_others_first.call_count == lets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -154,6 +155,8 @@ class Told:
         unit = self.controller.lease("w0")
         assert unit
         done = report(unit, written, **failed)
+        if not written:
+            done = dataclasses.replace(done, encode_seconds=0.0)
         self.controller.done("w0", done)
         return UnitDone("w0", done)
 
@@ -203,7 +206,6 @@ def test_the_run_log_holds_a_failure_with_all_that_is_known(told: Told) -> None:
     """Every clip of it failed before the encoder, and nothing was encoded."""
     told.tick(2, WorkerReady("w0"))
     told.tick(3, told.commit(0, timeout=5))
-    told.controller.progress.encode_seconds = 0.0
     told.now = 4.0
     told.reporter.finish("stopped by FailureLimitError", {"w0": {"node": "n"}})
     lines = told.lines()
@@ -239,9 +241,12 @@ def test_a_run_log_that_cannot_be_written_hides_nothing(told: Told, monkeypatch:
     assert last == "no run log: 503 Service Unavailable"
 
 
-def test_advice_counts_the_workers_that_the_units_let_start(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_counts_the_workers_that_ran_at_a_time(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the eight that were asked for."""
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(progress_module, "advice", lambda _, workers, processes: seen.append((workers, processes)))
+    told.tick(1, WorkerReady("w0"), WorkerReady("w1"))
+    told.tick(2, WorkerLost("w1", "signal 9"), WorkerReady("w2"))
     told.tick(3, told.commit())
     told.reporter.finish("done", {})
     assert seen == [(2, 0)]
@@ -252,7 +257,7 @@ def test_advice_counts_the_workers_that_the_units_let_start(told: Told, monkeypa
     [
         ({"workers": 2}, 12, 7),
         ({"workers": 2}, 11, 0),  # all of the job is start and end
-        ({"local": True, "decode_workers": 5}, 6, 5),
+        ({"local": True, "decode_workers": 5}, 12, 5),
     ],
 )
 def test_decode_processes_are_those_that_had_enough_to_do(
@@ -270,7 +275,7 @@ def test_decode_processes_are_those_that_had_enough_to_do(
         StartTimes(),
     )
     done = report(next(iter(units(1))))
-    reporter.tick([UnitDone("w0", done)])
+    reporter.tick([WorkerReady("w0"), WorkerReady("w1"), UnitDone("w0", done)])
     reporter.finish(
         "done", {"w0": {"decode_processes": 4}, "w1": {"decode_processes": 3}, "w2": {"decode_processes": None}}
     )

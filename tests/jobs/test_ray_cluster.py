@@ -1,9 +1,8 @@
 """What an encode worker gets of its node."""
 
-import os
-
 import pytest
 
+from jobs import flags as flags_module
 from jobs.flags import EngineFlags
 from jobs.ray_cluster import Node, NodeShare, node_share
 from pipeline.errors import JobError
@@ -70,8 +69,9 @@ def test_a_cluster_that_still_has_to_grow_may_decode_in_tasks() -> None:
     assert node_share([Node(cpus=0, gpus=0)], flags, on_gpu=False) == NodeShare(1, None)
 
 
-def test_by_default_a_machine_decodes_with_every_cpu() -> None:
-    assert EngineFlags().decode_processes == os.cpu_count()
+def test_by_default_a_machine_decodes_with_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags_module, "usable_cores", lambda: 7)
+    assert EngineFlags().decode_processes == 7
 
 
 def test_a_cluster_that_has_no_such_node_yet_decodes_in_tasks() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +43,7 @@ class Cluster:
         spec: Any = SimpleNamespace(device="cpu", share=SimpleNamespace(cpus=1, decode_processes=1))
         self.engine = RayEngine(spec, EngineFlags(unit_timeout_seconds=90))
         self.engine._actors["w"] = "its actor"
+        self.node("n")
         assert self.reply({"node": "n"}, unit=None) == WorkerReady("w")
 
     def _get(self, reference: str) -> Any:
@@ -48,6 +51,12 @@ class Cluster:
         if isinstance(value, BaseException):
             raise value
         return value
+
+    def node(self, told: str | Exception) -> None:
+        """What the worker, not set up yet, says of its node."""
+        future: Future[str] = Future()
+        future.add_done_callback(functools.partial(self.engine._learn_node, "w"))
+        future.set_exception(told) if isinstance(told, Exception) else future.set_result(told)
 
     def reply(self, value: Any, unit: Unit | None = UNIT) -> Event | None:
         reference = f"reference {len(self.replies)}"
@@ -124,8 +133,18 @@ def test_the_cluster_is_to_blame_for_a_node_that_is_gone_and_for_preemption(clus
     lost = cluster.reply(died())
     assert isinstance(lost, WorkerLost)
     assert lost.infrastructure
-    cluster.alive = True
     cluster.engine._actors["w"] = "another actor"
+    lost = cluster.reply(died(), unit=None)
+    assert isinstance(lost, WorkerLost)
+    assert not lost.infrastructure  # it never said where it was
+    cluster.engine._actors["w"] = "a third one"
+    cluster.node("n")
+    lost = cluster.reply(died(), unit=None)  # while it was set up
+    assert isinstance(lost, WorkerLost)
+    assert lost.infrastructure
+    cluster.alive = True
+    cluster.engine._actors["w"] = "a fourth one"
+    cluster.node(died())
     preempted = died()
     preempted._preempted = True
     lost = cluster.reply(preempted)

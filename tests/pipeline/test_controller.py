@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import tracemalloc
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -298,13 +300,19 @@ def test_nothing_encoded_is_no_failure() -> None:
 def test_progress_adds_up() -> None:
     first, second = units(2)
     controller = Controller([first, second], Policy())
+    names = [field.name for field in dataclasses.fields(UnitReport) if field.name.endswith("_seconds")]
+    seconds: dict[str, Any] = {name: 2.0**number for number, name in enumerate(names)}
     for unit in (first, second):
         controller.lease("w")
-        controller.done("w", report(unit, 3, crash=1))
+        controller.done("w", dataclasses.replace(report(unit, 3, crash=1), **seconds))
     progress = controller.progress
+    assert {name: getattr(progress, name) for name in seconds} == {name: 2 * value for name, value in seconds.items()}
+    assert (progress.sample_bytes, progress.bytes_written) == (20, 40)
     assert (progress.units, progress.written, progress.clips, progress.frames) == (2, 6, 8, 72)
     assert progress.failures == [("k", "crash", "")] * 2
-    assert progress.busy_share == 0.5
+    span = ("encode", "copy", "starved", "blocked")
+    assert progress.span_seconds == 2 * sum(seconds[f"{name}_seconds"] for name in span)
+    assert progress.busy_share == 2 * seconds["encode_seconds"] / progress.span_seconds
 
 
 @pytest.mark.parametrize(("field", "value"), [("max_failed_share", 1.5), ("units_in_flight", 0)])

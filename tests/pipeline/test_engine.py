@@ -201,6 +201,23 @@ def test_stop_interrupts() -> None:
     assert controller.progress.units == 3
 
 
+def test_events_that_end_the_job_are_told_before() -> None:
+    told: list[Event] = []
+    controller = Controller(units(3), Policy(max_failed_share=0.1, min_clips_judged=1))
+    engine = FakeEngine(lambda worker, unit: UnitDone(worker, report(unit, 0, crash=4)))
+    with pytest.raises(FailureLimitError):
+        run(
+            controller,
+            engine,
+            num_workers=1,
+            unit_timeout_seconds=60,
+            stop=threading.Event(),
+            on_tick=told.extend,
+            clock=engine.clock,
+        )
+    assert [type(event) for event in told] == [WorkerReady, UnitDone]
+
+
 def test_units_that_were_given_up_are_named_when_all_others_are_done() -> None:
     def fate(worker: str, unit: Unit) -> Event:
         if unit.number in (3, 5):

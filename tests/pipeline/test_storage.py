@@ -203,7 +203,7 @@ class TestLocalCommit:
             ("fsync", errno.ENOSPC, "free some space"),
             ("fsync", errno.EDQUOT, "free some space"),
             ("fsync", errno.EROFS, "name another --store"),
-            ("fsync", errno.EIO, "look at the file system"),
+            ("fsync", errno.EFBIG, "look at the file system"),
         ],
     )
     def test_failures_name_file_and_remedy(
@@ -221,6 +221,24 @@ class TestLocalCommit:
         assert remedy in str(caught.value)
         monkeypatch.undo()
         assert storage.list("") == ["ledger/other"]
+
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+    def test_a_broken_disk_or_mount_may_be_one_nodes_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        """So the unit is tried elsewhere, where the whole job would have ended."""
+
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        storage = LocalStorage(tmp_path)
+        storage.put("x", b"data")
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(UnitError, match=f"cannot write .*ledger/unit: {os.strerror(number)}: look at the file"):
+            storage.put_if_absent("ledger/unit", b"data")
+        monkeypatch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(UnitError, match=f"cannot read .*/x: {os.strerror(number)}"):
+            storage.read("x")
 
     def test_only_stale_bytes_in_flight_are_swept(self, tmp_path: Path) -> None:
         storage = LocalStorage(tmp_path)

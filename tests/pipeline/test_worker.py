@@ -32,7 +32,15 @@ from pipeline.storage import LocalStorage
 from pipeline.store import read_unit, shard_name
 from pipeline.verify import unit_clips
 from pipeline.worker import EncodeWorker
-from tests.fakes import FakeDecoders, FakeEncoder, encode_store, fake_recipe, planned_store
+from tests.fakes import (
+    DECODE_SECONDS,
+    READ_SECONDS,
+    FakeDecoders,
+    FakeEncoder,
+    encode_store,
+    fake_recipe,
+    planned_store,
+)
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -253,6 +261,9 @@ def test_memory_of_a_long_clip_is_bounded_by_the_window(tmp_path: Path) -> None:
         worker.close()
         assert not fatal
         assert [future.result(0).written for future in futures] == [2]
+        report = futures[0].result(0)
+        assert report.decode_seconds == 2 * report.read_seconds >= 2 * 2 * DECODE_SECONDS
+        assert min(report.encode_seconds, report.copy_seconds, report.write_seconds) > 0
         peaks.append(worker.peak_window_bytes)
     assert peaks[0] <= peaks[1] <= 300_000 < 161 * 32 * 32 * 3
 
@@ -360,11 +371,20 @@ def test_bad_media_fails_its_clips_only(make: Callable[..., Setup]) -> None:
     assert statuses == {"a": "written", "b": "written", "c": "failed"}
     assert report.failures == (("c", "bad_media", "on purpose"),)
     assert (report.written, report.frames) == (3, 27)
+    assert (report.decode_seconds, report.read_seconds) == (3 * DECODE_SECONDS, 3 * READ_SECONDS)
+    assert min(report.encode_seconds, report.batch_seconds, report.rows_seconds, report.write_seconds) > 0
 
 
-def test_bytes_read_count_samples_at_one_offset_of_two_shards(make: Callable[..., Setup]) -> None:
+def test_a_unit_of_which_nothing_can_be_decoded_takes_the_encoder_no_time(make: Callable[..., Setup]) -> None:
+    """So that the job's advice does not speak of an encoder that never ran."""
+    setup = make(FakeDecoders(bad=["a", "b", "c"]))
+    report = setup.worker.submit(setup.units[0]).result(10)
+    assert (report.written, report.encode_seconds) == (0, 0.0)
+
+
+def test_sample_bytes_count_samples_at_one_offset_of_two_shards(make: Callable[..., Setup]) -> None:
     setup = make(FakeDecoders(), recipe=recipe_of(1, 2, 8))
-    assert setup.worker.submit(setup.units[0]).result(10).bytes_read == 2 * (101 + 102 + 103)
+    assert setup.worker.submit(setup.units[0]).result(10).sample_bytes == 2 * (101 + 102 + 103)
 
 
 @pytest.mark.parametrize("window_clips", [1, 4, 100])
