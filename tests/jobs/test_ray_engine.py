@@ -148,6 +148,9 @@ class Sleeper:
     def __init__(self, spec: object) -> None:
         pass
 
+    def node(self) -> str:
+        return "a node that is no more"
+
     def setup(self) -> dict[str, object]:
         return {"pid": os.getpid(), "node": "here", "heap": {name: os.environ.get(name) for name in HEAP_ENVIRONMENT}}
 
@@ -187,7 +190,7 @@ def test_the_engine_tells_of_all_that_is_done_and_once_of_a_worker_that_died(
     engine.kill_worker(first)
     (lost,) = collect(engine, 1)
     assert isinstance(lost, WorkerLost)
-    assert lost.worker == first
+    assert (lost.worker, lost.infrastructure) == (first, True)  # so its node was learned, and is not alive
     assert engine.wait(0.2) == []  # the worker's other units are no news
     engine.submit(second, quick)
     assert collect(engine, 1) == [UnitDone(second, report(quick))]
@@ -211,6 +214,7 @@ from jobs.flags import EngineFlags
 
 class Idle:
     def __init__(self, spec): pass
+    def node(self): return ray.get_runtime_context().get_node_id()
     def setup(self): return {"node": ray.get_runtime_context().get_node_id()}
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 80 << 20})

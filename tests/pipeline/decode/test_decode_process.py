@@ -204,7 +204,7 @@ def test_waiting_for_a_core_is_not_counted_as_time_taken(source):
             hog = hogs.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
             hogs.callback(hog.kill)
             os.sched_setaffinity(hog.pid, core)
-            threading.Timer(4.0, hog.kill).start()
+            threading.Timer(2.0, hog.kill).start()
         pid, began = process.pid, time.monotonic()
         assert summary(process.decode(request_of(source, (0, 20), (10, 30)))) == [(0, 19), (10, 39)]
         assert time.monotonic() - began > 2 * IMPATIENT.timeout_seconds
