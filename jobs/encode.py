@@ -164,7 +164,7 @@ def _local_engine(
     torch.set_num_threads(flags.encode_threads)
     pool.start()  # while the encoder loads
     if device == "cpu" and not is_rehearsal(source):
-        pool.let_others_first()  # on Ray they have the lowest priority anyway
+        pool.let_others_first()
     window_bytes = flags.window_mb * _MEGABYTE or default_window_bytes(plan, pool.num_processes)
     encoder = ready_encoder(source, device, plan, window_bytes)
     return LocalEngine(encoder, pool, storage, plan, window_bytes, flags.encode_threads)

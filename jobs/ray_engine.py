@@ -29,6 +29,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from jobs.flags import EngineFlags
 from jobs.ray_cluster import NodeShare
 from jobs.ray_decode import RayDecoders
+from jobs.rehearsal import is_rehearsal
 from pipeline.decode.limits import DecodeLimits
 from pipeline.decode.pool import ProcessPool
 from pipeline.decode_requests import Decoders
@@ -95,6 +96,8 @@ class EncodeActor:
             return RayDecoders(self._spec.limits)
         pool = ProcessPool(self._spec.share.decode_processes, self._spec.limits)
         pool.start()  # while the encoder loads; they end with this process
+        if self._spec.device == "cpu" and not is_rehearsal(self._spec.encoder_source):
+            pool.let_others_first()
         return pool
 
     def encode(self, unit: Unit) -> UnitReport:

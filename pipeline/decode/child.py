@@ -35,7 +35,7 @@ from pipeline.errors import DecodeError, LatentmillError
 
 # The owner kills at the time allowed, of which waiting for a core is no part. This is for a child whose owner has died
 # while it hangs: the system ends it at an alarm that nothing handles, though native code may hold the GIL.
-_GRACE_SECONDS = 3600.0
+_GRACE_SECONDS = 24 * 3600.0
 # The encoder's threads go first where cores are short: what they wait for is decoded by then, or else they sleep.
 _NICENESS = 5
 

@@ -55,7 +55,7 @@ class ProcessPool:
             process.start()
 
     def let_others_first(self) -> None:
-        """For encoders that compute on the same cores: they and decoding then alternate less often.
+        """Where encoders compute on the same cores: they and decoding then alternate in turns, not in slices of time.
 
         Each switch costs the caches that both need: a sixth more CPU time of decoding (infra/LOG.md).
         """

@@ -29,7 +29,6 @@ from pipeline.decode.wire import Json, error_from_json, outcomes_from_json, requ
 from pipeline.errors import DecodeError, UnitError
 
 _STRIKES = 2
-_LAST_NICENESS = 19
 # A film that hangs everywhere, of which hundreds of windows are wanted, would hold its unit up for hours.
 _MOST_HANGS = 3
 
@@ -60,15 +59,16 @@ class DecodeProcess:
         return self._child.pid if self._child else None
 
     def let_others_first(self) -> None:
-        """Give the child, and those that replace it, the lowest priority."""
+        """Have the child, and those that replace it, run where nobody else wants a core."""
         with self._state:
             self._lets_others_first = True
-            self._apply_priority()
+            self._apply_scheduling()
 
-    def _apply_priority(self) -> None:
+    def _apply_scheduling(self) -> None:
         if self._lets_others_first and self._child is not None:
-            with contextlib.suppress(OSError):  # a child that has ended is found out later
-                os.setpriority(os.PRIO_PROCESS, self._child.pid, _LAST_NICENESS)
+            # Not a niceness: Ray's workers have one of 15 themselves. A child that has ended is found out later.
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(self._child.pid, os.SCHED_IDLE, os.sched_param(0))
 
     def start(self) -> None:
         """Begin to start the child, so that the first request need not wait for all of it.
@@ -82,7 +82,7 @@ class DecodeProcess:
                     self._child = ChildProcess(self._child_module, self._limits)
                 except OSError as error:
                     raise UnitError(f"cannot start {self._child_module}: {error}") from error
-                self._apply_priority()
+                self._apply_scheduling()
 
     def probe(self, source: MediaSource) -> MediaInfo:
         """What the media is.

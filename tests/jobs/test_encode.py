@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from jobs import encode
+from jobs import encode, ray_engine
 from jobs.__main__ import main
 from jobs.flags import EngineFlags
 from pipeline.errors import JobError
@@ -152,15 +153,22 @@ def test_collections_leave_out_what_was_there_before_the_job_and_no_longer(
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.parametrize("engine", ["local", "ray"])
 @pytest.mark.parametrize(
     ("source", "device", "lets"), [("m", "cpu", 1), ("rehearsal:4x8x8x16@10", "cpu", 0), ("m", "cuda", 0)]
 )
 def test_decoding_takes_what_an_encoder_on_the_same_cores_leaves(
-    source: str, device: str, lets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, source: str, device: str, lets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = Mock(num_processes=1)
-    storage, plan = planned_store(tmp_path)
-    monkeypatch.setattr(encode, "ready_encoder", lambda *_: FakeEncoder())
-    encode._local_engine(storage, plan, source, EngineFlags(local=True), device, pool).close()
+    if engine == "local":
+        storage, plan = planned_store(tmp_path)
+        monkeypatch.setattr(encode, "ready_encoder", lambda *_: FakeEncoder())
+        encode._local_engine(storage, plan, source, EngineFlags(local=True), device, pool).close()
+    else:
+        monkeypatch.setattr(ray_engine, "ProcessPool", lambda *_: pool)
+        share = SimpleNamespace(decode_processes=1)
+        spec: Any = SimpleNamespace(share=share, limits=None, device=device, encoder_source=source)
+        assert ray_engine.EncodeActor(spec)._decoders() is pool
     assert pool.start.call_count == 1
     assert pool.let_others_first.call_count == lets

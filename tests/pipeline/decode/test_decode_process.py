@@ -344,12 +344,12 @@ def test_a_child_that_lets_others_first_keeps_to_that_and_so_do_its_successors(s
         pool.start()
         pool.let_others_first()
         pool.submit(request_of(source, (0, 3))).result()
-        assert [psutil.Process(pid).nice() for pid in pool.pids] == [19, 19]
+        assert {os.sched_getscheduler(pid) for pid in pool.pids} == {os.SCHED_IDLE}
         os.kill(pool.pids[0], signal.SIGKILL)
         os.kill(pool.pids[1], signal.SIGKILL)
         for _ in range(2):
             pool.submit(request_of(source, (0, 3))).result()
-        assert [psutil.Process(pid).nice() for pid in pool.pids] == [19, 19]
+        assert {os.sched_getscheduler(pid) for pid in pool.pids} == {os.SCHED_IDLE}
 
 
 def test_a_tighter_limit_of_the_system_stands(source):
