@@ -38,6 +38,7 @@ def test_answers_are_those_of_the_table(backend, tmp_path):
     check_table(backend, tmp_path)
 
 
+@pytest.mark.slow
 def test_answers_of_torchcodec_are_those_of_the_table(torchcodec_or_skip, tmp_path):
     check_table("torchcodec", tmp_path)
 
@@ -99,6 +100,7 @@ def test_decord_shows_the_same_real_frames_as_pyav_or_declines():
     assert len(claimed) >= 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(real_data() is None, reason="no real clips on this machine")
 def test_torchcodec_shows_the_same_real_frames_as_pyav_or_declines(torchcodec_or_skip):
     claimed = {path.name for path in real_clips() if check_real_clip(path, "torchcodec")}
