@@ -270,6 +270,8 @@ def _remarks(case: Json, name: str, cells: Sequence[Json]) -> Iterator[str]:
     for cell in cells:
         if cell.get("clips", 0) > case["good_clips"]:
             yield f"saved {cell['clips'] - case['good_clips']} clips of broken videos"
+        if name == "ray-2" and cell.get("workers", 2) < 2:
+            yield "had one worker at its end: no room, or no time, for a second"
 
 
 def _faults(case: Json, cells: Sequence[Json]) -> Iterator[str]:

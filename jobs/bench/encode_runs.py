@@ -181,7 +181,7 @@ def run_contender(job: Job, name: str) -> Json:
 
 
 def _run_ours(job: Job, name: str, store: Path) -> Json:
-    workers, num_workers = ["--local"], 1
+    workers = ["--local"]
     commands = [[*_latentmill("encode"), *map(str, job.tars)]]
     threads = job.encode_threads
     if name != "local":
@@ -204,11 +204,9 @@ def _run_ours(job: Job, name: str, store: Path) -> Json:
     index_began, index_done, ready, done = (mark for mark in marks if mark is not None)
     storage = open_storage(str(store))
     (log,) = (json.loads(storage.read(found)) for found in storage.list("runs/"))
-    if len(log["workers"]) < num_workers:
-        return {"error": f"only {len(log['workers'])} of {num_workers} encode workers ran: there was no room for more"}
     account = take_account(storage, load_plan(storage, open_header(storage).recipe))
     # Busy from the first unit's wait to the last one's end.
-    facts = {"clips": account.written, "busy": log["progress"]["busy_share"]}
+    facts = {"clips": account.written, "busy": log["progress"]["busy_share"], "workers": len(log["workers"])}
     return {**_cell(watched, done - ready, index_done - index_began), **facts}
 
 

@@ -8,7 +8,6 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -250,19 +249,9 @@ class TestRuns:
         assert min(times) > 0
         assert sum(times) == pytest.approx(cell["total_seconds"])
         assert 0 < cell["busy"] < 1
+        assert cell["workers"] == 1
         assert cell["cpu_seconds"] > 0.5
         assert not (job.scratch / "run").exists()
-
-    @pytest.mark.slow
-    def test_a_job_with_fewer_workers_than_its_row_says_is_no_row(
-        self, job: Job, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def watch_local(argv: Sequence[str], limit_seconds: float) -> Watched:
-            return watch([*" ".join(argv).replace("--workers 2", "--local").split()], limit_seconds)
-
-        monkeypatch.setattr(encode_runs, "watch", watch_local)
-        cell = run_contender(job, "ray-2")
-        assert cell == {"error": "only 1 of 2 encode workers ran: there was no room for more"}
 
     @pytest.mark.slow
     def test_the_plain_script_survives_and_saves_what_it_can_open(self, job: Job) -> None:
@@ -416,6 +405,12 @@ class TestBare:
         assert measured["clips"] == 100
         assert f"Not measured: {said}" in path.with_suffix(".md").read_text()
         assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("workers", "told"), [(1, True), (2, False)])
+def test_a_row_of_two_workers_says_where_there_was_one(workers: int, told: bool) -> None:
+    page = to_markdown({"about": ABOUT, "cases": [case(turn(local=run(), ray_2=run(workers=workers)))]})
+    assert ("had one worker at its end" in page) == told
 
 
 def test_an_encoder_on_a_gpu_has_one_thread_unless_told_otherwise() -> None:
