@@ -34,10 +34,10 @@ class UnitReport:
     """What one unit cost and what became of it.
 
     failed: clips by reason. failures: (key, reason, detail) of the first of them. sample_bytes: of the samples that the
-    clips are from, of which decoders may read less. won: False when another worker had
-    committed the unit already. Wall seconds of the encode stage, the mean over its threads: `encode_seconds` in the
-    encoder, `copy_seconds` putting rows of long clips away, `starved_seconds` waiting for frames, `blocked_seconds` for
-    the threads behind it to take what came before. Of the threads beside it: `batch_seconds` putting batches together,
+    clips are from, of which decoders may read less. won: False when another worker had committed the unit already.
+    Wall seconds of the encode stage, the mean over its threads: `encode_seconds` in the encoder, `copy_seconds` putting
+    rows of long clips away, `starved_seconds` waiting for frames, `blocked_seconds` for the threads behind it to take
+    what came before. Of the threads beside it: `batch_seconds` putting batches together,
     `rows_seconds` making stored rows, `write_seconds` (checksums, Zarr, both puts). Of the decode processes, for the
     clips that came out: `decode_seconds` at work, `read_seconds` waiting for bytes or for a core. `start_seconds`: the
     wait of each thread of the encode stage for its very first frames.

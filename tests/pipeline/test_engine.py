@@ -67,15 +67,28 @@ class FakeEngine:
         raise AssertionError("the caller closes the engine")
 
 
-def drive(engine: FakeEngine, controller: Controller, num_workers: int = 2, timeout_seconds: float = 1e9) -> list[int]:
+def drive(
+    engine: FakeEngine,
+    controller: Controller,
+    num_workers: int = 2,
+    timeout_seconds: float = 1e9,
+    told: list[Event] | None = None,
+) -> list[int]:
+    """The units that were done at each tick; `told` takes the events of all."""
     ticks: list[int] = []
+
+    def on_tick(events: Sequence[Event]) -> None:
+        ticks.append(controller.progress.units)
+        if told is not None:
+            told.extend(events)
+
     run(
         controller,
         engine,
         num_workers=num_workers,
         unit_timeout_seconds=timeout_seconds,
         stop=threading.Event(),
-        on_tick=lambda _: ticks.append(controller.progress.units),
+        on_tick=on_tick,
         clock=engine.clock,
     )
     return ticks
@@ -206,15 +219,7 @@ def test_events_that_end_the_job_are_told_before() -> None:
     controller = Controller(units(3), Policy(max_failed_share=0.1, min_clips_judged=1))
     engine = FakeEngine(lambda worker, unit: UnitDone(worker, report(unit, 0, crash=4)))
     with pytest.raises(FailureLimitError):
-        run(
-            controller,
-            engine,
-            num_workers=1,
-            unit_timeout_seconds=60,
-            stop=threading.Event(),
-            on_tick=told.extend,
-            clock=engine.clock,
-        )
+        drive(engine, controller, 1, told=told)
     assert [type(event) for event in told] == [WorkerReady, UnitDone]
 
 
